@@ -1,0 +1,34 @@
+"""Fixtures and the one rule about prerequisites: a user's machine skips, CI fails."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+class require:
+    """Say what a test needs. Missing: skipped with its reason, but failed where CI=true."""
+
+    @staticmethod
+    def that(fact: bool, reason: str) -> None:
+        if fact:
+            return
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"prerequisite missing in CI: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+    @staticmethod
+    def program(name: str) -> str:
+        found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        require.that(found is not None, f"{name} is not installed")
+        return str(found)
+
+    @staticmethod
+    def root() -> None:
+        require.that(os.geteuid() == 0, "needs root")
+
+    @staticmethod
+    def path(path: str) -> Path:
+        require.that(Path(path).exists(), f"{path} is not there")
+        return Path(path)

@@ -1,0 +1,187 @@
+"""The arena: what it charges, gives back, refuses and leaves behind."""
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from zramd.errors import BadValue, NoMemory, StoreFull
+from zramd.store import PAGE, arena
+from zramd.store.arena import MAX_DISKSIZE, SPAN, Arena
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_new_arena_occupies_its_header_and_nothing_else():
+    new = Arena(64 << 20, "lz4")
+    assert new.used == new.used_max == new.resident() == PAGE
+    new.close()
+
+
+def test_the_header_names_the_layout_and_comes_magic_last():
+    new = Arena(1000 * PAGE, "zstd(level=3)")
+    magic, disksize, table_at, map_at, spans_at, spans, name = struct.unpack(
+        "<8sQQQQQ64s", os.pread(new.fd, 112, 0)
+    )
+    assert (magic, disksize, table_at) == (b"zramd\0\0\1", 1000 * PAGE, PAGE)
+    assert map_at == PAGE + 2 * PAGE  # 1000 words of 8 bytes
+    assert (spans_at, spans) == (SPAN, 1000 + 4096)
+    assert name.rstrip(b"\0") == b"zstd(level=3)"
+    assert new.size == os.fstat(new.fd).st_size == spans_at + spans * SPAN
+    new.close()
+
+
+@pytest.mark.parametrize("slots", [1, 511, 512, 513, 4096, 4097, 60000, 1 << 20])
+def test_parts_of_an_arena_do_not_overlap(slots):
+    new = Arena(slots * PAGE, "lz4")
+    _, _, table_at, map_at, spans_at, spans, _ = struct.unpack(
+        "<8sQQQQQ64s", os.pread(new.fd, 112, 0)
+    )
+    table_end = table_at + len(new.table_pages.occupied) * PAGE
+    map_end = map_at + len(new.map_pages.occupied) * PAGE
+    assert table_at + slots * 8 <= table_end <= map_at
+    assert map_at + spans <= map_end
+    assert map_at + spans <= spans_at
+    assert spans_at % SPAN == 0
+    assert len(new.table) == new.slots == slots
+    assert len(new.span_map) == spans
+    new.close()
+
+
+def test_the_last_page_of_the_span_map_does_not_reach_into_the_spans():
+    for slots in (1, 4096 * 3, 60000, 61440):
+        new = Arena(slots * PAGE, "lz4")
+        map_at = PAGE * (1 + len(new.table_pages.occupied))
+        assert map_at + len(new.map_pages.occupied) * PAGE <= new.spans_at
+        new.close()
+
+
+def test_used_is_charged_up_to_the_limit_and_a_refusal_charges_nothing():
+    new = Arena(PAGE, "lz4", limit=PAGE + SPAN)
+    new.occupy(SPAN)
+    with pytest.raises(StoreFull, match="mem_limit of 68K reached") as caught:
+        new.occupy(1)
+    assert caught.value.hint
+    assert new.used == new.used_max == PAGE + SPAN
+    new.limit = 0
+    new.occupy(100 * SPAN)
+    new.close()
+
+
+def test_what_is_vacated_is_back_with_the_system_and_reads_as_zeros():
+    new = Arena(PAGE, "lz4")
+    new.occupy(SPAN)
+    new.map[new.spans_at : new.spans_at + SPAN] = b"x" * SPAN
+    assert new.resident() == new.used == PAGE + SPAN
+    new.vacate(new.spans_at, SPAN)
+    assert new.resident() == new.used == PAGE
+    assert os.pread(new.fd, SPAN, new.spans_at) == bytes(SPAN)
+    assert new.used_max == PAGE + SPAN
+    new.forget_used_max()
+    assert new.used_max == PAGE
+    new.close()
+
+
+def test_a_page_of_a_region_is_charged_once_occupied_and_given_back_when_vacated():
+    new = Arena(2000 * PAGE, "lz4", limit=2 * PAGE)
+    new.table_pages.occupy(3)
+    new.table[3 * 512] = 1
+    assert new.table_pages.occupied == bytes([0, 0, 0, 1])
+    with pytest.raises(StoreFull):
+        new.table_pages.occupy(0)
+    assert not new.table_pages.occupied[0]
+    new.table[3 * 512] = 0
+    new.table_pages.vacate(3)
+    assert new.table_pages.occupied == bytes(4)
+    assert new.resident() == new.used == PAGE
+    new.close()
+
+
+def test_a_closed_arena_has_given_back_its_file_and_its_mapping(tmp_path):
+    before = open_files()
+    for path in (None, tmp_path / "arena"):
+        new = Arena(1 << 30, "lz4", path=path)
+        new.close()
+        assert new.map.closed
+    assert open_files() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_device_is_4t_and_a_larger_one_is_senseless():
+    Arena(MAX_DISKSIZE, "lz4").close()
+    with pytest.raises(BadValue, match="disksize of 4T is too large") as caught:
+        Arena(MAX_DISKSIZE + PAGE, "lz4")
+    assert "4T" in (caught.value.hint or "")
+
+
+def test_a_file_of_the_users_is_private_and_is_never_overwritten(tmp_path):
+    path = tmp_path / "arena"
+    new = Arena(PAGE, "lz4", path=path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(BadValue, match="exists already"):
+        Arena(PAGE, "lz4", path=path)
+    assert path.exists()
+    new.close()
+    assert not path.exists()
+
+
+def test_a_file_that_cannot_be_made_is_no_memory(tmp_path):
+    with pytest.raises(NoMemory, match="cannot create the arena"):
+        Arena(PAGE, "lz4", path=tmp_path / "no such directory" / "arena")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (os, "memfd_create", OSError(24, "Too many open files")),
+        (os, "ftruncate", OSError(27, "File too large")),
+        (arena.mmap, "mmap", OSError(12, "Cannot allocate memory")),
+        (arena.mmap, "mmap", OverflowError("too large")),
+        (arena.mmap, "mmap", ValueError("mmap length is too large")),
+    ],
+)
+def test_what_the_system_refuses_is_no_memory_and_leaves_nothing(monkeypatch, owner, name, error):
+    def refuse(*_):
+        raise error
+
+    before = open_files()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, refuse)
+        with pytest.raises(NoMemory):
+            Arena(PAGE, "lz4")
+    assert open_files() == before
+
+
+def test_a_file_of_the_users_goes_when_its_arena_could_not_be_made(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    before = open_files()
+    with monkeypatch.context() as patch:
+        patch.setattr(arena.mmap, "mmap", refuse)
+        with pytest.raises(NoMemory):
+            Arena(PAGE, "lz4", path=tmp_path / "arena")
+    assert open_files() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_python_out_of_memory_leaves_no_file_behind(monkeypatch, tmp_path: Path):
+    def refuse(*_):
+        raise MemoryError
+
+    before = open_files()
+    with monkeypatch.context() as patch:
+        patch.setattr(arena, "Region", refuse)
+        with pytest.raises(MemoryError):
+            Arena(PAGE, "lz4", path=tmp_path / "arena")
+    assert open_files() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_host_of_the_other_byte_order_is_refused(monkeypatch):
+    monkeypatch.setattr(arena.sys, "byteorder", "big")
+    with pytest.raises(BadValue, match="little-endian"):
+        Arena(PAGE, "lz4")

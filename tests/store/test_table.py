@@ -1,0 +1,63 @@
+"""The slot word: what goes in comes out, and kinds of words cannot be taken for each other."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.store.contents import INLINE_EDGE, WORDS
+from zramd.store.table import (
+    FILL_ZERO,
+    HUGE,
+    INLINE,
+    SAME,
+    address_of,
+    fill_of,
+    inline_fill,
+    length_of,
+    object_word,
+)
+
+
+@given(st.sampled_from(WORDS) | st.integers(0, (1 << 64) - 1))
+def test_a_fill_is_inline_where_63_bits_hold_it_and_comes_back_the_same(fill):
+    as_bytes = fill.to_bytes(8, "little")
+    word = inline_fill(as_bytes)
+    signed = fill - (1 << 64) if fill >> 63 else fill
+    if -INLINE_EDGE <= signed < INLINE_EDGE:
+        assert word & INLINE
+        assert 0 < word < 1 << 64
+        assert fill_of(word) == as_bytes
+    else:
+        assert word == 0
+
+
+@pytest.mark.parametrize(
+    ("fill", "fits"),
+    [
+        (0, True),
+        (INLINE_EDGE - 1, True),
+        (INLINE_EDGE, False),
+        ((1 << 64) - INLINE_EDGE, True),
+        ((1 << 64) - INLINE_EDGE - 1, False),
+        ((1 << 64) - 1, True),
+    ],
+)
+def test_the_edges_of_the_inline_form(fill, fits):
+    assert bool(inline_fill(fill.to_bytes(8, "little"))) == fits
+
+
+def test_a_page_of_zeros_is_stored_and_not_empty():
+    assert inline_fill(bytes(8)) == FILL_ZERO != 0
+    assert fill_of(FILL_ZERO) == bytes(8)
+
+
+@given(
+    st.integers(1, (1 << 40) - 1),
+    st.integers(1, 4096),
+    st.sampled_from([0, SAME, HUGE, SAME | HUGE, 0xFE]),
+)
+def test_an_objects_word_gives_back_address_length_and_flags(units, length, flags):
+    word = object_word(units * 16, length, flags)
+    assert word < 1 << 64
+    assert not word & INLINE
+    assert (address_of(word), length_of(word), word & 0xFF) == (units * 16, length, flags)

@@ -1,0 +1,65 @@
+"""The slot table: one little-endian 64-bit word per slot says where and what its page is.
+
+    word == 0           empty: reads as zeros, a hole
+    bit 0 set           same-filled: bits 1..63 are the repeated word, sign-extended from bit 62
+    bit 0 clear         an object in the pool:
+        bits 1..7           flags: SAME, HUGE, IDLE, WRITTEN_BACK, INCOMPRESSIBLE, priority (2)
+        bits 8..20          its length in bytes, 1 to 4096
+        bits 24..63         its address in the arena, in units of 16 bytes
+
+A 64-bit fill does not fit beside a flag. 63 bits hold all that occur in practice (zeros, ones,
+small numbers, pointers); any other fill is an object of its 8 bytes, flagged SAME.
+
+The word is the truth: the pool's free lists and all counters can be rebuilt from the table.
+"""
+
+from typing import Final
+
+from zramd.store import PAGE
+
+SLOTS_PER_TABLE_PAGE: Final = PAGE // 8
+
+INLINE: Final = 1
+SAME: Final = 1 << 1
+HUGE: Final = 1 << 2
+# 1 << 3 to 1 << 7: idle, written back, incompressible, two bits of priority
+
+LENGTH_SHIFT: Final = 8
+LENGTH_MASK: Final = 0x1FFF
+ADDRESS_SHIFT: Final = 24
+ADDRESS_UNIT: Final = 16
+
+FILL_ZERO: Final = INLINE
+"""The word of a page written as zeros: stored, but without an object."""
+
+_WORD_MASK: Final = (1 << 64) - 1
+
+
+def inline_fill(fill: bytes) -> int:
+    """The slot word for a page that repeats these 8 bytes; 0 where it does not fit 63 bits."""
+    value = int.from_bytes(fill, "little", signed=True)
+    if not -(1 << 62) <= value < 1 << 62:
+        return 0
+    return (value << 1 | INLINE) & _WORD_MASK
+
+
+def fill_of(word: int) -> bytes:
+    """The 8 bytes that an INLINE word stands for."""
+    if word >> 63:
+        word -= 1 << 64
+    return (word >> 1).to_bytes(8, "little", signed=True)
+
+
+def object_word(address: int, length: int, flags: int) -> int:
+    """The slot word for an object of `length` bytes at byte `address`, a multiple of 16."""
+    return address // ADDRESS_UNIT << ADDRESS_SHIFT | length << LENGTH_SHIFT | flags
+
+
+def address_of(word: int) -> int:
+    """Byte address in the arena of the object that this word names."""
+    return (word >> ADDRESS_SHIFT) * ADDRESS_UNIT
+
+
+def length_of(word: int) -> int:
+    """Stored bytes of the object that this word names."""
+    return word >> LENGTH_SHIFT & LENGTH_MASK
