@@ -11,7 +11,7 @@ them; a test compares.
 """
 
 import errno as _errno
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class ZramdError(Exception):
@@ -146,9 +146,12 @@ class UseFailed(ZramdError):
     exit_code = 43
 
 
+KINDS: Final[tuple[type[ZramdError], ...]] = (ZramdError, *ZramdError.__subclasses__())
+"""Every class of this page."""
+
+_BY_SLUG: Final = {kind.slug: kind for kind in KINDS}
+
+
 def by_slug(slug: str) -> type[ZramdError]:
     """The class with this slug; ZramdError itself where none has it."""
     return _BY_SLUG.get(slug, ZramdError)
-
-
-_BY_SLUG = {cls.slug: cls for cls in ZramdError.__subclasses__()}

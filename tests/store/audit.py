@@ -22,7 +22,7 @@ def audit(pages: Pages) -> Counters:
     )
     assert magic == b"zramd\0\0\1"
     words = array("Q", os.pread(arena.fd, disksize // PAGE * 8, table_at))
-    classes = os.pread(arena.fd, spans, map_at)
+    classes = os.pread(arena.fd, spans, map_at).rstrip(b"\0")
     found = Counters(huge_since=pages.counters.huge_since)
     objects = []
     for word in words:
@@ -32,18 +32,19 @@ def audit(pages: Pages) -> Counters:
         if word & 1:
             found.same += 1
             continue
-        address, length = word >> 24 << 4, word >> 8 & 0x1FFF
+        address, length = word >> 21 << 4, word >> 8 & 0x1FFF
         objects.append((address, length))
         found.compressed_bytes += length
         found.same += word >> 1 & 1
         found.huge += word >> 2 & 1
-        assert word & 0xE000F8 == 0, f"word {word:#x} has bits that nobody sets"
+        assert word & 0xF8 == 0, f"word {word:#x} has bits that nobody sets"
         assert (length == PAGE) == bool(word & 4)
         assert (length == 8) == bool(word & 2)
     used_spans = set()
     end = 0
     for address, length in sorted(objects):
         span, at = divmod(address - spans_at, SPAN)
+        assert span < len(classes), "an object beyond all spans"
         assert classes[span], "an object in a span that has no class"
         size = CLASSES[classes[span] - 1]
         assert address >= end, "two objects overlap"

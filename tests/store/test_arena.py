@@ -80,8 +80,27 @@ def test_what_is_vacated_is_back_with_the_system_and_reads_as_zeros():
     assert new.resident() == new.used == PAGE
     assert os.pread(new.fd, SPAN, new.spans_at) == bytes(SPAN)
     assert new.used_max == PAGE + SPAN
+    new.occupy(PAGE)
+    assert new.used_max == PAGE + SPAN
     new.forget_used_max()
-    assert new.used_max == PAGE
+    assert new.used_max == 2 * PAGE
+    new.close()
+
+
+def test_memory_is_off_the_account_only_when_it_is_back_with_the_system(monkeypatch):
+    new = Arena(PAGE, "lz4")
+    new.occupy(SPAN)
+    accounts = []
+
+    class Mapping:
+        def madvise(self, *_):
+            accounts.append(new.used)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(new, "map", Mapping())
+        new.vacate(new.spans_at, SPAN)
+    assert accounts == [PAGE + SPAN]
+    assert new.used == PAGE
     new.close()
 
 

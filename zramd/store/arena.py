@@ -79,6 +79,7 @@ class Arena:
         try:
             os.ftruncate(self.fd, self.size)
             self.map = mmap.mmap(self.fd, self.size)
+            self._prepare_map()
         except (OSError, OverflowError, ValueError) as error:
             os.close(self.fd)
             if path is not None:
@@ -95,6 +96,14 @@ class Arena:
         fields = (disksize, table_at, map_at, spans_at, spans, algorithm.encode())
         _HEADER.pack_into(self.map, 0, bytes(8), *fields)
         self.map[0:8] = MAGIC
+
+    def _prepare_map(self) -> None:
+        """See that memory comes page by page and goes back; raises OSError where it does not."""
+        try:
+            self.map.madvise(mmap.MADV_NOHUGEPAGE)
+        except OSError:
+            pass  # a kernel without huge pages
+        self.map.madvise(mmap.MADV_REMOVE, 0, PAGE)
 
     def occupy(self, size: int) -> None:
         """Charge `size` bytes about to be touched. Raises StoreFull, having charged nothing."""

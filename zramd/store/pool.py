@@ -7,7 +7,8 @@ waiting, parts keep 1 MiB (used / compressed of 260 MiB of programs: 1.040 and 1
 
 Promises
 1. An object taken is nobody else's until it is given back.
-2. `take` gives all objects asked for or none; refused, it has changed nothing.
+2. `take` gives all objects asked for or none; refused, it has taken no memory, but for a page of
+   the span map that serves 256 MiB.
 3. A span with no object left goes back to the system at once, and its memory off the account.
 4. A span's class stands in the span map before its first object is handed out.
 

@@ -5,7 +5,7 @@
     bit 0 clear         an object in the pool:
         bits 1..7           flags: SAME, HUGE, IDLE, WRITTEN_BACK, INCOMPRESSIBLE, priority (2)
         bits 8..20          its length in bytes, 1 to 4096
-        bits 24..63         its address in the arena, in units of 16 bytes
+        bits 21..63         its address in the arena, in units of 16 bytes
 
 A 64-bit fill does not fit beside a flag. 63 bits hold all that occur in practice (zeros, ones,
 small numbers, pointers); any other fill is an object of its 8 bytes, flagged SAME.
@@ -26,7 +26,7 @@ HUGE: Final = 1 << 2
 
 LENGTH_SHIFT: Final = 8
 LENGTH_MASK: Final = 0x1FFF
-ADDRESS_SHIFT: Final = 24
+ADDRESS_SHIFT: Final = 21
 ADDRESS_UNIT: Final = 16
 
 FILL_ZERO: Final = INLINE

@@ -1,0 +1,339 @@
+"""Zram: one device: its initialisation, its reset, its attributes.
+
+All front ends talk to this and to nothing below it; I/O goes through the `Opener` that `open`
+gives.
+
+Init (`init`, what writing disksize does), under init_lock:
+1. Initialised already: DeviceBusy, before anything is allocated. Zero or senseless: BadValue.
+2. Build meta (arena, table, pool, comp) aside. A failure leaves the device as it was.
+3. Publish it; then, last, open the gate.
+
+Reset (`reset`), under init_lock:
+1. Claim. Open: DeviceBusy naming the openers, nothing changed. With force, go on. From here on
+   there are no new openers.
+2. Close the gate. New requests get EIO.
+3. Drain: wait for the requests inside, each once. Then close the openers for good: the gate will
+   open again, for a generation that is not theirs.
+4. Free meta; clear limits, parameters and statistics. A re-init waits on init_lock meanwhile, so
+   two tables never exist at once.
+5. Drop claim and lock, then tell the outside world (`on_reset`): connections end.
+
+Lock order: init_lock, then openers, then what the store has. I/O takes none of the first two.
+Meta's memory is touched inside the gate or under init_lock only.
+"""
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from zramd import sizes
+from zramd.errors import BadValue, DeviceBusy, NoMemory, NotInitialised, NotSupported
+from zramd.gate import Gate
+from zramd.opener import IoCounts, Opener
+from zramd.statistics import Statistics
+from zramd.store import PAGE
+from zramd.store.arena import Arena
+from zramd.store.pages import Counters, Pages
+from zramd.store.zcomp import NAMES, Algorithm, Comp
+
+DEFAULT_ALGORITHM: Final = Algorithm("lz4")
+"""lz4 costs a third of zstd's time per page; people who want the ratio say so."""
+
+
+class Zram:
+    """A device called `name`, not initialised. Any number of threads may call."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.on_reset: list[Callable[[], None]] = []
+        """Called after a reset, in the resetter's thread, with no lock held."""
+        self._gate = Gate()
+        self._init_lock = threading.Lock()  # protects initialisation: meta, algorithm, limit
+        self._meta: Pages | None = None
+        self._algorithm = DEFAULT_ALGORITHM
+        self._mem_limit = 0
+        self._openers_lock = threading.Lock()  # protects the two below
+        self._openers: list[Opener] = []
+        self._claimed = False
+        self._io = IoCounts()
+
+    @property
+    def disksize(self) -> int:
+        """Bytes; 0 while the device is not initialised."""
+        meta = self._meta
+        return 0 if meta is None else meta.arena.slots * PAGE
+
+    def init(self, disksize: int) -> None:
+        """Give the device `disksize` bytes, rounded up to a page.
+
+        Raises DeviceBusy, BadValue, NoMemory; the device is then as it was before.
+        """
+        with self._init_lock:
+            if self._meta is not None:
+                raise DeviceBusy(
+                    f"{self.name} is initialised already, with a disksize of {self.disksize}",
+                    hint=f"to change it, reset the device first: zramd reset {self.name}",
+                )
+            if disksize <= 0:
+                raise BadValue(
+                    f"a disksize of {disksize} is senseless", hint="give it a size such as 1G"
+                )
+            disksize = -(-disksize // PAGE) * PAGE
+            try:
+                comp = Comp(self._algorithm)
+                arena = Arena(disksize, str(self._algorithm), limit=self._mem_limit)
+                try:
+                    self._meta = Pages(arena, comp)
+                except BaseException:
+                    arena.close()
+                    raise
+            except MemoryError as error:
+                raise NoMemory(f"no memory for a device of {sizes.human(disksize)}") from error
+            self._gate.open()
+
+    def reset(self, *, force: bool = False) -> None:
+        """Back to the state before init: no content, no limit, the default algorithm.
+
+        Raises DeviceBusy when the device is open, unless `force`.
+        """
+        with self._init_lock:
+            self._claim(force)
+            try:
+                meta = self._meta
+                if meta is not None:
+                    self._gate.close()
+                    self._gate.drain()
+                    self._close_openers()
+                    self._meta = None
+                    meta.close()
+                self._algorithm = DEFAULT_ALGORITHM
+                self._mem_limit = 0
+                self._io = IoCounts()
+            finally:
+                self._claimed = False
+        for tell in self.on_reset:
+            tell()
+
+    def _claim(self, force: bool) -> None:
+        with self._openers_lock:
+            if self._openers and not force:
+                raise DeviceBusy(
+                    f"{self.name} is in use by {', '.join(o.who for o in self._openers)}",
+                    hint="detach it or end these connections first,"
+                    f" or lose what it holds: zramd reset {self.name} --force",
+                )
+            self._claimed = True
+
+    def _close_openers(self) -> None:
+        with self._openers_lock:
+            for opener in self._openers:
+                opener.closed = True
+            self._openers.clear()
+
+    def _let_go(self, opener: Opener) -> None:
+        with self._openers_lock:
+            if opener in self._openers:
+                self._openers.remove(opener)
+
+    def close(self) -> None:
+        """The end of the device: a forced reset."""
+        self.reset(force=True)
+
+    def open(self, who: str) -> Opener:
+        """Open the device for I/O; `who` names the holder in a few words.
+
+        Raises NotInitialised without a disksize, DeviceBusy while a reset is under way.
+        """
+        with self._openers_lock:
+            if self._claimed:
+                raise DeviceBusy(f"{self.name} is being reset", hint="try again in a moment")
+            meta = self._meta
+            if meta is None or not self._gate.init_done:
+                raise NotInitialised(
+                    f"{self.name} has no disksize yet",
+                    hint=f"set one: zramd set {self.name} disksize 1G",
+                )
+            opener = Opener(who, self._gate, meta, self._io, self._let_go)
+            self._openers.append(opener)
+            return opener
+
+    def statistics(self) -> Statistics:
+        """The figures of this moment; zeros where the device is not initialised."""
+        counters, used, used_max, disksize = Counters(), 0, 0, 0
+        try:
+            record = self._gate.enter()
+        except NotInitialised:
+            pass
+        else:
+            try:
+                meta = self._meta
+                assert meta is not None, "the gate is open, so meta is published"
+                counters = meta.snapshot()
+                used, used_max = meta.arena.used, meta.arena.used_max
+                disksize = meta.arena.slots * PAGE
+            finally:
+                self._gate.leave(record)
+        with self._openers_lock:
+            openers = tuple(opener.who for opener in self._openers)
+        io = self._io
+        return Statistics(
+            name=self.name,
+            disksize=disksize,
+            algorithm=str(self._algorithm),
+            streams=_cpus(),
+            orig_data_size=counters.pages * PAGE,
+            compr_data_size=counters.compressed_bytes,
+            mem_used_total=used,
+            mem_limit=self._mem_limit,
+            mem_used_max=used_max,
+            same_pages=counters.same,
+            pages_compacted=0,
+            huge_pages=counters.huge,
+            huge_pages_since=counters.huge_since,
+            failed_reads=io.failed_reads,
+            failed_writes=io.failed_writes,
+            invalid_io=io.invalid_io,
+            notify_free=io.notify_free,
+            openers=openers,
+        )
+
+    # Attributes, with zram's names and formats
+
+    def get(self, attribute: str) -> str:
+        """The text that reading /sys/block/zramN/ATTRIBUTE gives, without its newline.
+
+        Raises BadValue for an attribute that does not exist or cannot be read.
+        """
+        return _readable(attribute)(self)
+
+    def set(self, attribute: str, value: str) -> None:
+        """What writing `value` to /sys/block/zramN/ATTRIBUTE does.
+
+        Raises BadValue, DeviceBusy, NoMemory, NotSupported; nothing has changed then.
+        """
+        _writable(attribute)(self, value.strip())
+
+    def _get_comp_algorithm(self) -> str:
+        chosen = self._algorithm.name
+        return " ".join(f"[{name}]" if name == chosen else name for name in NAMES)
+
+    def _set_comp_algorithm(self, value: str) -> None:
+        algorithm = Algorithm.parse(value)
+        with self._init_lock:
+            self._must_not_be_initialised("comp_algorithm")
+            self._algorithm = algorithm
+
+    def _set_algorithm_params(self, value: str) -> None:
+        pairs = dict(_pair(word) for word in value.split())
+        unknown = set(pairs) - {"algo", "priority", "level", "dict"}
+        if unknown or not pairs:
+            raise BadValue(
+                f"algorithm_params does not know {sorted(unknown) or 'an empty value'}",
+                hint="write level=N, optionally with algo=NAME or priority=0",
+            )
+        priority = _integer("priority", pairs.get("priority", "0"))
+        if priority not in range(4):
+            raise BadValue(f"priority is 0 to 3, not {priority}")
+        if "dict" in pairs or priority:
+            raise NotSupported("dictionaries and secondary algorithms are not built yet")
+        with self._init_lock:
+            self._must_not_be_initialised("algorithm_params")
+            if pairs.get("algo", self._algorithm.name) != self._algorithm.name:
+                raise BadValue(
+                    f"{pairs['algo']} is not the chosen algorithm, {self._algorithm.name} is",
+                    hint="choose it in comp_algorithm first",
+                )
+            level = _integer("level", pairs["level"]) if "level" in pairs else None
+            self._algorithm = Algorithm(self._algorithm.name, level)
+
+    def _must_not_be_initialised(self, attribute: str) -> None:
+        if self._meta is not None:
+            raise DeviceBusy(
+                f"{attribute} cannot change while {self.name} is initialised",
+                hint=f"reset it first (its content is lost): zramd reset {self.name}",
+            )
+
+    def _set_mem_limit(self, value: str) -> None:
+        limit = -(-sizes.parse(value) // PAGE) * PAGE
+        with self._init_lock:
+            self._mem_limit = limit
+            if self._meta is not None:
+                self._meta.arena.limit = limit
+
+    def _set_mem_used_max(self, value: str) -> None:
+        if _integer("mem_used_max", value) != 0:
+            raise BadValue("mem_used_max takes only 0", hint="0 sets it to what is used now")
+        with self._init_lock:
+            if self._meta is not None:
+                self._meta.arena.forget_used_max()
+
+    def _set_reset(self, value: str) -> None:
+        if not 0 < _integer("reset", value) < 65536:
+            raise BadValue(f"reset takes 1, not {value}")
+        self.reset()
+
+    def _set_compact(self, value: str) -> None:
+        if not self.disksize:
+            raise BadValue(f"{self.name} has no disksize yet: there is nothing to compact")
+        raise NotSupported("compact is not built yet")
+
+    def _set_max_comp_streams(self, value: str) -> None:
+        if _integer("max_comp_streams", value) < 1:
+            raise BadValue(f"max_comp_streams must be at least 1, not {value}")
+
+
+_GETTERS: Final[dict[str, Callable[[Zram], str]]] = {
+    "disksize": lambda zram: str(zram.disksize),
+    "initstate": lambda zram: "1" if zram.disksize else "0",
+    "comp_algorithm": Zram._get_comp_algorithm,
+    "max_comp_streams": lambda zram: str(_cpus()),
+    "mem_limit": lambda zram: str(zram.statistics().mem_limit),
+    "mem_used_max": lambda zram: str(zram.statistics().mem_used_max),
+    "mm_stat": lambda zram: zram.statistics().mm_stat(),
+    "io_stat": lambda zram: zram.statistics().io_stat(),
+}
+_SETTERS: Final[dict[str, Callable[[Zram, str], None]]] = {
+    "disksize": lambda zram, value: zram.init(sizes.parse(value)),
+    "reset": Zram._set_reset,
+    "comp_algorithm": Zram._set_comp_algorithm,
+    "algorithm_params": Zram._set_algorithm_params,
+    "max_comp_streams": Zram._set_max_comp_streams,
+    "mem_limit": Zram._set_mem_limit,
+    "mem_used_max": Zram._set_mem_used_max,
+    "compact": Zram._set_compact,
+}
+READABLE: Final = tuple(sorted(_GETTERS))
+WRITABLE: Final = tuple(sorted(_SETTERS))
+
+
+def _readable(attribute: str) -> Callable[[Zram], str]:
+    if attribute not in _GETTERS:
+        problem = "can only be set" if attribute in _SETTERS else "is not an attribute"
+        raise BadValue(f"{attribute!r} {problem}", hint=f"get one of {', '.join(READABLE)}")
+    return _GETTERS[attribute]
+
+
+def _writable(attribute: str) -> Callable[[Zram, str], None]:
+    if attribute not in _SETTERS:
+        problem = "is read-only" if attribute in _GETTERS else "is not an attribute"
+        raise BadValue(f"{attribute!r} {problem}", hint=f"set one of {', '.join(WRITABLE)}")
+    return _SETTERS[attribute]
+
+
+def _pair(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals or not value:
+        raise BadValue(f"{word!r} is not KEY=VALUE", hint="write level=N")
+    return key, value
+
+
+def _integer(what: str, text: str) -> int:
+    if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
+        raise BadValue(f"{what} takes a whole number, not {text!r}")
+    return int(text)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))
