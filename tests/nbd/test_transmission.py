@@ -1,0 +1,377 @@
+"""Requests out of bytes, whatever pieces they come in, and the reply each deserves."""
+
+import errno
+import logging
+import struct
+
+import pytest
+
+from zramd.errors import Corrupt, NotInitialised, OutOfRange, StoreFull, ZramdError
+from zramd.nbd import transmission, wire
+from zramd.nbd.transmission import INLINE, MAX_PAYLOAD, MAX_SKIPPED, Receiver, answer
+
+SIZE = 1 << 20
+READ, WRITE, DISC, FLUSH = 0, 1, 2, 3
+TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = 4, 5, 6, 7
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = 1, 2, 4, 8, 16, 32
+EINVAL, ENOSPC, EIO = 22, 28, 5
+
+
+class Memory:
+    """An Opener over a bytearray; `trouble` is raised instead, once set."""
+
+    def __init__(self, size=SIZE):
+        self.data = bytearray(b"\xaa") * size
+        self.trouble = None
+
+    def _check(self, offset, length):
+        if self.trouble:
+            raise self.trouble
+        if offset + length > len(self.data):
+            raise OutOfRange("beyond the end")
+
+    def read(self, offset, length):
+        self._check(offset, length)
+        return bytes(self.data[offset : offset + length])
+
+    def write(self, offset, data):
+        self._check(offset, len(data))
+        self.data[offset : offset + len(data)] = data
+
+    def discard(self, offset, length):
+        self._check(offset, length)
+
+    def zero(self, offset, length):
+        self._check(offset, length)
+        self.data[offset : offset + length] = bytes(length)
+
+
+def cookie(number):
+    return struct.pack(">Q", number)
+
+
+def request(command, offset=0, length=0, flags=0, number=1, payload=b""):
+    return wire.pack_request(command, cookie(number), offset, length, flags) + payload
+
+
+def write(offset, payload, flags=0, number=1):
+    return request(WRITE, offset, len(payload), flags, number, payload)
+
+
+def pour(receiver, data, step=None):
+    """Brings `data` in, `step` bytes at most at a time; the requests, their payloads as bytes."""
+    view, found = memoryview(data), []
+    while len(view):
+        room = receiver.get_buffer()
+        assert len(room) > 0
+        count = min(len(room), len(view), step or len(view))
+        room[:count] = view[:count]
+        view = view[count:]
+        receiver.received(count)
+        for *head, payload in receiver.requests():
+            found.append((*head, None if payload is None else bytes(payload)))
+        if receiver.ended:
+            break
+    return found
+
+
+def served(data, opener=None):
+    """The replies' bytes to all requests in `data`."""
+    receiver, opener = Receiver(SIZE), opener or Memory()
+    sent = b""
+    view = memoryview(data)
+    while len(view):
+        room = receiver.get_buffer()
+        count = min(len(room), len(view))
+        room[:count] = view[:count]
+        view = view[count:]
+        receiver.received(count)
+        for each in receiver.requests():
+            sent += b"".join(answer(opener, each))
+    return sent
+
+
+def error_of(data, opener=None):
+    """The error of the one reply to `data`, which must be followed by nothing but its data."""
+    sent = served(data, opener)
+    magic, error, of = wire.SIMPLE_REPLY.unpack_from(sent)
+    assert (magic, of) == (0x67446698, cookie(1))
+    assert len(sent) == 16 or not error
+    return error
+
+
+MESSAGES = {
+    "read": (request(READ, 4096, 4096), (0, READ, cookie(1), 4096, 4096, None)),
+    "read with FUA": (request(READ, 0, 1, FUA), (0, READ, cookie(1), 0, 1, None)),
+    "write": (write(8, b"payload"), (0, WRITE, cookie(1), 8, 7, b"payload")),
+    "write with FUA": (write(0, b"x", FUA), (0, WRITE, cookie(1), 0, 1, b"x")),
+    "write refused": (write(0, b"xyz", DF), (EINVAL, WRITE, cookie(1), 0, 3, b"xyz")),
+    "longest inline write": (
+        write(0, b"i" * INLINE),
+        (0, WRITE, cookie(1), 0, INLINE, b"i" * INLINE),
+    ),
+    "shortest long write": (
+        write(0, b"l" * (INLINE + 1)),
+        (0, WRITE, cookie(1), 0, INLINE + 1, b"l" * (INLINE + 1)),
+    ),
+    "long write refused": (
+        write(0, b"l" * (INLINE + 1), DF),
+        (EINVAL, WRITE, cookie(1), 0, INLINE + 1, None),
+    ),
+    "flush": (request(FLUSH), (0, FLUSH, cookie(1), 0, 0, None)),
+    "trim": (
+        request(TRIM, 0, 0xFFFFF000),
+        (0, TRIM, cookie(1), 0, 0xFFFFF000, None),
+    ),
+    "zeroes": (
+        request(WRITE_ZEROES, 0, 512, NO_HOLE),
+        (0, WRITE_ZEROES, cookie(1), 0, 512, None),
+    ),
+    "unknown": (request(99, 1, 2), (EINVAL, 99, cookie(1), 1, 2, None)),
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_comes_out_whole(message):
+    data, expected = MESSAGES[message]
+    assert pour(Receiver(SIZE), data) == [expected]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_comes_out_once_its_last_byte_is_in(message):
+    data, expected = MESSAGES[message]
+    receiver = Receiver(SIZE)
+    step = 1 if len(data) < 1000 else 4099
+    assert pour(receiver, data[:-1], step) == []
+    assert pour(receiver, data[-1:]) == [expected]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+@pytest.mark.parametrize("trailing", [1, 27])
+def test_a_message_comes_out_though_another_has_begun(message, trailing):
+    data, expected = MESSAGES[message]
+    receiver = Receiver(SIZE)
+    following = request(READ, 7, 9, number=2)
+    assert pour(receiver, data + following[:trailing]) == [expected]
+    assert pour(receiver, following[trailing:]) == [(0, READ, cookie(2), 7, 9, None)]
+
+
+@pytest.mark.parametrize("step", [None, 1, 7, 28, 4096, 100_003])
+def test_many_messages_come_out_in_order_whatever_the_pieces(step):
+    stream, expected = b"", []
+    for _ in range(1 if step == 1 else 5):
+        for data, request_ in MESSAGES.values():
+            if step != 1 or len(data) < 1000:
+                stream += data
+                expected.append(request_)
+    assert pour(Receiver(SIZE), stream, step) == expected
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_what_came_with_the_handshake_counts(message):
+    data, expected = MESSAGES[message]
+    for split in (1, 20, 28, len(data)):
+        receiver = Receiver(SIZE, data[:split])
+        found = [(*head, p if p is None else bytes(p)) for *head, p in receiver.requests()]
+        assert found + pour(receiver, data[split:]) == [expected]
+
+
+def test_requests_may_be_left_and_asked_again():
+    receiver = Receiver(SIZE)
+    data = b"".join(write(n, bytes([n]), number=n) for n in range(20))
+    receiver.get_buffer()[: len(data)] = data
+    receiver.received(len(data))
+    found = []
+    for _ in range(20):
+        for each in receiver.requests():
+            found.append((each[2], bytes(each[5])))
+            break
+    assert found == [(cookie(n), bytes([n])) for n in range(20)]
+    assert list(receiver.requests()) == []
+
+
+def test_a_long_payload_stays_good_while_others_arrive():
+    receiver = Receiver(SIZE)
+    data = write(0, b"a" * (INLINE + 1)) + write(0, b"b" * (INLINE + 1))
+    payloads = []
+    view = memoryview(data)
+    while len(view):
+        room = receiver.get_buffer()
+        count = min(len(room), len(view))
+        room[:count] = view[:count]
+        view = view[count:]
+        receiver.received(count)
+        payloads += [each[5] for each in receiver.requests()]
+    assert [bytes(payload[:1]) for payload in payloads] == [b"a", b"b"]
+
+
+def test_disc_ends_without_a_reply_and_what_follows_is_not_looked_at():
+    receiver = Receiver(SIZE)
+    assert len(pour(receiver, request(FLUSH) + request(DISC, flags=0xFFFF) + b"junk" * 9)) == 1
+    assert receiver.ended
+    assert not receiver.violation
+    assert list(receiver.requests()) == []
+
+
+def test_a_bad_magic_number_ends_after_what_came_before_it():
+    receiver = Receiver(SIZE)
+    assert len(pour(receiver, request(FLUSH) + b"GET / HTTP/1.1\r\nHost: zram0\r\n\r\n")) == 1
+    assert receiver.ended
+    assert "0x47455420" in receiver.violation
+
+
+def test_a_payload_that_no_client_sends_ends_the_connection():
+    receiver = Receiver(SIZE)
+    assert pour(receiver, request(WRITE, 0, MAX_SKIPPED + 1)) == []
+    assert receiver.ended
+    assert str(MAX_SKIPPED + 1) in receiver.violation
+
+
+@pytest.mark.parametrize(("offset", "error"), [(0, EINVAL), (SIZE, ENOSPC), (2**64 - 256, ENOSPC)])
+def test_a_payload_beyond_the_limit_is_skipped_and_answered(offset, error):
+    receiver = Receiver(1 << 30 if error == EINVAL else SIZE)
+    length = MAX_PAYLOAD + 1
+    expected = (error, WRITE, cookie(1), offset, length, None)
+    found = pour(receiver, request(WRITE, offset, length) + bytes(length) + request(FLUSH))
+    assert found == [expected, (0, FLUSH, cookie(1), 0, 0, None)]
+
+
+def test_the_longest_write_arrives():
+    opener = Memory(MAX_PAYLOAD)
+    payload = b"0123456789abcdef" * (MAX_PAYLOAD // 16)
+    assert served(write(0, payload), opener) == wire.pack_simple_reply(cookie(1), 0)
+    assert opener.data == payload
+
+
+# Every command, flag and error of the specification
+
+ALLOWED = {
+    READ: FUA,
+    WRITE: FUA,
+    FLUSH: FUA,
+    TRIM: FUA,
+    WRITE_ZEROES: FUA | NO_HOLE,
+}
+
+
+@pytest.mark.parametrize("flags", [0, *(1 << bit for bit in range(16)), 3, 5, 0xFFFF])
+@pytest.mark.parametrize("command", ALLOWED)
+def test_a_flag_is_refused_unless_it_is_valid_for_the_command(command, flags):
+    expected = EINVAL if flags & ~ALLOWED[command] else 0
+    length = 0 if command == FLUSH else 512
+    payload = bytes(512) if command == WRITE else b""
+    assert error_of(request(command, 0, length, flags, payload=payload)) == expected
+
+
+@pytest.mark.parametrize("command", [CACHE, BLOCK_STATUS, 8, 9, 255, 256, 0xFFFF])
+def test_a_command_that_was_not_advertised_is_refused_and_the_connection_lives(command):
+    opener = Memory()
+    sent = served(request(command, 0, 512) + request(READ, 0, 1, number=2), opener)
+    assert sent == wire.pack_simple_reply(cookie(1), EINVAL) + (
+        wire.pack_simple_reply(cookie(2), 0) + b"\xaa"
+    )
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [
+        (SIZE, 1),
+        (SIZE - 1, 2),
+        (0, SIZE + 1),
+        (SIZE + 1, 1),
+        (2**63, 512),
+        (2**64 - 256, 512),
+        (2**64 - 1, 1),
+        (2**64 - 1, 0xFFFFFFFF),
+    ],
+)
+@pytest.mark.parametrize(
+    ("command", "error"), [(READ, EINVAL), (TRIM, EINVAL), (WRITE, ENOSPC), (WRITE_ZEROES, ENOSPC)]
+)
+def test_out_of_bounds(command, error, offset, length):
+    if command == WRITE:
+        length = min(length, SIZE + 1)
+    payload = bytes(length) if command == WRITE else b""
+    opener = Memory()
+    before = bytes(opener.data)
+    assert error_of(request(command, offset, length, payload=payload), opener) == error
+    assert opener.data == before
+
+
+@pytest.mark.parametrize(
+    ("command", "offset", "length", "error"),
+    [
+        (READ, 0, 0, EINVAL),
+        (WRITE, 0, 0, EINVAL),
+        (TRIM, 0, 0, EINVAL),
+        (WRITE_ZEROES, 0, 0, EINVAL),
+        (FLUSH, 0, 0, 0),
+        (FLUSH, 5, 0, EINVAL),
+        (FLUSH, 0, 5, EINVAL),
+        (FLUSH, 5, 5, EINVAL),
+        (READ, 0, MAX_PAYLOAD + 1, EINVAL),
+        (READ, 0, 0xFFFFFFFF, EINVAL),
+        (READ, 0, SIZE, 0),
+        (READ, SIZE - 1, 1, 0),
+        (TRIM, 0, SIZE, 0),
+        (WRITE_ZEROES, 0, SIZE, 0),
+    ],
+)
+def test_lengths_at_the_edge(command, offset, length, error):
+    assert error_of(request(command, offset, length)) == error
+
+
+def test_each_command_does_what_it_says():
+    opener = Memory()
+    ok = wire.pack_simple_reply(cookie(1), 0)
+    assert served(write(3, b"abc"), opener) == ok
+    assert served(request(READ, 2, 5), opener) == ok + b"\xaaabc\xaa"
+    assert served(request(WRITE_ZEROES, 4, 1), opener) == ok
+    assert served(request(READ, 2, 5), opener) == ok + b"\xaaa\0c\xaa"
+    assert served(request(TRIM, 0, 4096), opener) == ok
+    assert served(request(FLUSH), opener) == ok
+
+
+class Oddity(ZramdError):
+    errno = errno.ENODEV
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error"),
+    [
+        (StoreFull("full"), ENOSPC),
+        (NotInitialised("reset"), EIO),
+        (Corrupt("bad page"), EIO),
+        (Oddity("odd"), EIO),
+        (MemoryError(), EIO),
+        (ZeroDivisionError(), EIO),
+    ],
+    ids=lambda value: getattr(value, "slug", repr(value)),
+)
+@pytest.mark.parametrize("command", [READ, WRITE, TRIM, WRITE_ZEROES])
+def test_what_goes_wrong_is_answered_with_an_error_of_the_specification(trouble, error, command):
+    opener = Memory()
+    opener.trouble = trouble
+    payload = bytes(512) if command == WRITE else b""
+    assert error_of(request(command, 0, 512, payload=payload), opener) == error
+
+
+def test_a_fault_of_ours_is_logged_once_per_kind(caplog, monkeypatch):
+    monkeypatch.setattr(transmission, "_reported", set())
+    opener = Memory()
+    with caplog.at_level(logging.ERROR):
+        for trouble in (ZeroDivisionError("one"), ZeroDivisionError("two"), KeyError("three")):
+            opener.trouble = trouble
+            assert error_of(request(READ, 0, 1), opener) == EIO
+    assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError, KeyError]
+
+
+def test_an_error_of_the_device_is_no_fault_and_not_logged(caplog):
+    opener = Memory()
+    opener.trouble = StoreFull("full")
+    error_of(write(0, b"x"), opener)
+    assert not caplog.records
+
+
+def test_nothing_is_advertised_that_is_not_done():
+    assert transmission.FLAGS == 0b1_0110_1101  # HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES MULTI_CONN

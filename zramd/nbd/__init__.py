@@ -1,0 +1,7 @@
+"""NBD, the server's side and a small client: bytes in, bytes out, sockets only in `server`.
+
+`wire` has the numbers, `negotiation` the handshake, `transmission` the requests and replies;
+`connection` drives the two for one client, `server` listens. `client` does the other side's
+handshake, for attaching the kernel. `address` says where. The protocol is that of
+NetworkBlockDevice/nbd, doc/proto.md: fixed newstyle, simple replies.
+"""

@@ -1,0 +1,291 @@
+"""One client of the NBD server, from its handshake to its end.
+
+A connection is an asyncio protocol. Its bytes land in a buffer of its own; every request complete
+in it is answered, and all the replies leave in one write. That, and doing nothing per request that
+can be done per batch, is where the speed comes from.
+
+    negotiating --GO--> serving --DISC, EOF, reset, close--> ending --nothing in flight--> gone
+
+Promises:
+1. Nothing slow runs on the event loop: what is longer than `transmission.INLINE` goes to a few
+   threads (the compressors release the GIL) and is answered when it is done, in any order. Nor may
+   a batch of short requests hold the loop for long: after _BATCH bytes the others get a turn.
+2. Bounded: at most _IN_FLIGHT requests, and about _IN_FLIGHT_BYTES of them, are in threads, and
+   about _BATCH of replies wait for the peer to read. Beyond, the peer is not read from.
+3. The Opener is closed once, after the last request that uses it has ended, however that ended.
+
+Assumes: everything but `_work` is called on the event loop.
+"""
+
+import asyncio
+import errno
+import logging
+import socket
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from zramd.errors import BadValue, NotInitialised
+from zramd.nbd import transmission
+from zramd.nbd.address import TcpAddress
+from zramd.nbd.negotiation import Negotiation
+from zramd.nbd.transmission import INLINE, Receiver, Request, answer
+from zramd.nbd.wire import NBD_CMD_READ, NBD_CMD_WRITE, ExportInfo, pack_simple_reply
+from zramd.opener import Opener
+
+if TYPE_CHECKING:
+    from zramd.nbd.server import Server
+
+_BATCH = 1 << 20
+_IN_FLIGHT = 64
+_IN_FLIGHT_BYTES = 64 << 20
+_HANDSHAKE_SECONDS = 10.0
+LINGER_SECONDS = 10.0
+"""How long a peer may take to read the last replies once the connection ends."""
+
+_log = logging.getLogger(__name__)
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One client, from its handshake to its end."""
+
+    def __init__(self, server: "Server") -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self.gone = self._loop.create_future()
+        """Done when the socket and the Opener are closed."""
+        self._transport: asyncio.Transport
+        self._opener: Opener | None = None
+        self._negotiation = Negotiation(self)
+        self._handshake_buffer = bytearray(4096)
+        self._receiver: Receiver | None = None  # set while serving, and after
+        self._ending = False
+        self._lost = False
+        self._reading = True
+        self._peer_reads = True
+        self._in_flight = 0
+        self._in_flight_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def serving(self) -> bool:
+        return self._receiver is not None
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the device was reset since this connection opened it."""
+        return self._opener is not None and self._opener.closed
+
+    # What the negotiation asks (Exports)
+
+    def names(self) -> list[str]:
+        return [self._server.zram.name]
+
+    def describe(self, name: str) -> ExportInfo:
+        zram = self._server.zram
+        if name not in ("", zram.name):
+            raise BadValue(f"there is no export {name!r} here, only {zram.name!r}")
+        if not zram.disksize:
+            raise NotInitialised(f"device {zram.name} has no disksize yet")
+        return self._info(zram.disksize)
+
+    def open(self, name: str) -> ExportInfo:
+        self.describe(name)
+        self._opener = self._server.zram.open(f"nbd connection from {_peer(self._transport)}")
+        return self._info(self._opener.size)
+
+    def _info(self, size: int) -> ExportInfo:
+        # Any length at any offset: nbd-client ignores the minimum and sets 512 whatever we say.
+        return ExportInfo(
+            size,
+            transmission.FLAGS,
+            minimum_block=1,
+            preferred_block=4096,
+            maximum_payload=transmission.MAX_PAYLOAD,
+            name=self._server.zram.name,
+        )
+
+    # What asyncio tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._server.live.add(self)
+        if self._server.closing:
+            self._transport.abort()
+            return
+        sock = self._transport.get_extra_info("socket")
+        if sock.family != socket.AF_UNIX:  # asyncio has set TCP_NODELAY already
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._transport.set_write_buffer_limits(high=_BATCH)
+        self._timer = self._loop.call_later(_HANDSHAKE_SECONDS, self.abort)
+        self._transport.write(self._negotiation.greeting())
+
+    def get_buffer(self, _sizehint: int) -> memoryview | bytearray:
+        receiver = self._receiver
+        return self._handshake_buffer if receiver is None else receiver.get_buffer()
+
+    def buffer_updated(self, count: int) -> None:
+        receiver = self._receiver
+        if receiver is not None:
+            receiver.received(count)
+            self._pump()
+        else:
+            self._negotiate(memoryview(self._handshake_buffer)[:count])
+
+    def eof_received(self) -> bool:
+        self._ending = True
+        self._finish_if_idle()
+        return self.serving  # keep the socket for the replies still to come
+
+    def pause_writing(self) -> None:
+        self._peer_reads = False
+
+    def resume_writing(self) -> None:
+        self._peer_reads = True
+        self._pump()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._lost = self._ending = True
+        self._finish_if_idle()
+
+    # Negotiating
+
+    def _negotiate(self, data: memoryview) -> None:
+        negotiation = self._negotiation
+        self._transport.write(negotiation.receive(data))
+        if not negotiation.done:
+            return
+        self._cancel_timer()
+        if negotiation.export is None:
+            _log.debug("handshake ended: %s", negotiation.reason)
+            self._begin_ending()
+            return
+        self._receiver = Receiver(negotiation.export.size, negotiation.trailing)
+        self._pump()
+
+    # Serving
+
+    def _pump(self) -> None:
+        """Answers what has arrived, as far as the bounds allow, with one write."""
+        receiver, opener = self._receiver, self._opener
+        if self._ending or receiver is None or opener is None:
+            return
+        replies: list[bytes] = []
+        worked = 0  # bytes read and written here, in this turn
+        more = True  # whether there may be requests left that are complete
+        if self._has_room():
+            for request in receiver.requests():
+                length = request[4]
+                if length > INLINE and not request[0]:
+                    self._submit(opener, request)
+                    if not self._has_room():
+                        break
+                else:
+                    replies += answer(opener, request)
+                    worked += length
+                    if worked > _BATCH:
+                        self._loop.call_soon(self._pump)
+                        break
+            else:
+                more = False
+        if replies:
+            self._transport.writelines(replies)
+        if receiver.ended:
+            if receiver.violation:
+                _log.info("dropping %s: %s", _peer(self._transport), receiver.violation)
+            self._begin_ending()
+        elif more is self._reading:  # read on only when the buffer has nothing more to give
+            self._reading = not more
+            if more:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    def _has_room(self) -> bool:
+        return (
+            self._peer_reads
+            and self._in_flight < _IN_FLIGHT
+            and self._in_flight_bytes < _IN_FLIGHT_BYTES
+        )
+
+    def _submit(self, opener: Opener, request: Request) -> None:
+        """Has a long request answered by a thread."""
+        self._in_flight += 1
+        self._in_flight_bytes += _held(request)
+        self._server.threads.submit(self._work, opener, request)
+
+    def _work(self, opener: Opener, request: Request) -> None:
+        """In a thread."""
+        reply = answer(opener, request)
+        self._loop.call_soon_threadsafe(self._worked, _held(request), reply)
+
+    def _worked(self, held: int, reply: tuple[bytes, ...]) -> None:
+        self._in_flight -= 1
+        self._in_flight_bytes -= held
+        if not self._lost:
+            for part in reply:  # one by one: joining them would copy what is long
+                self._transport.write(memoryview(part))
+        if self._ending:
+            self._finish_if_idle()
+        elif not self._reading:
+            self._pump()
+
+    # Ending
+
+    def end(self) -> None:
+        """Admits nothing more; ends when what was admitted is answered."""
+        if self._receiver is None:
+            self._negotiation.shutting_down = True
+        elif not self._ending:
+            for request in self._receiver.requests():
+                self._transport.write(pack_simple_reply(request[2], errno.ESHUTDOWN))
+            self._begin_ending()
+
+    def abort(self) -> None:
+        """Gives up on the peer. The Opener still outlives the last request that uses it."""
+        self._transport.abort()
+
+    def _begin_ending(self) -> None:
+        self._ending = True
+        self._transport.pause_reading()  # whatever still comes has no place to go
+        self._finish_if_idle()
+
+    def _finish_if_idle(self) -> None:
+        """Called whenever one of its conditions may have come true."""
+        if not self._ending or self._in_flight:
+            return
+        self._cancel_timer()
+        if self._opener is not None:
+            opener, self._opener = self._opener, None
+            opener.close()
+        if not self._lost:
+            self._transport.close()  # sends what is buffered first
+            self._timer = self._loop.call_later(LINGER_SECONDS, self.abort)
+        elif not self.gone.done():
+            self._server.live.discard(self)
+            self.gone.set_result(None)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _held(request: Request) -> int:
+    """Bytes of memory that a request in flight keeps."""
+    _error, command, _cookie, _offset, length, _payload = request
+    return length if command in (NBD_CMD_READ, NBD_CMD_WRITE) else 0
+
+
+def _peer(transport: asyncio.BaseTransport) -> str:
+    """Who is at the other end, in a few words."""
+    sock = transport.get_extra_info("socket")
+    if sock.family != socket.AF_UNIX:
+        host, port = transport.get_extra_info("peername")[:2]
+        return str(TcpAddress(host, port))
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid = struct.unpack("3i", credentials)[0]
+    try:
+        return f"{Path(f'/proc/{pid}/comm').read_text().rstrip()} (pid {pid})"
+    except OSError:
+        return f"pid {pid}"

@@ -1,0 +1,216 @@
+"""The server's side of the fixed newstyle handshake: bytes in, bytes out, no sockets.
+
+    GREETED --client flags--> HAGGLING --EXPORT_NAME, GO--> TRANSMITTING
+                 |               |----------ABORT---------> ENDED
+                 '---------------'---what no reply cures--> ENDED
+
+Promises:
+1. Every option is answered, in order, with its data consumed, whatever the option is; an unknown
+   one with NBD_REP_ERR_UNSUP. The only exceptions are the specification's: EXPORT_NAME cannot
+   report errors, and a peer that breaks the framing (magic, flags, absurd lengths) is dropped.
+2. Bounded: at most MAX_OPTIONS options of MAX_OPTION_LENGTH bytes, of which at most MAX_KEPT are
+   ever held. The time is the caller's to bound.
+3. Once TRANSMITTING, `trailing` is what the client sent ahead; nothing of it was looked at.
+
+Assumes: the caller sends what `receive` returns before it closes.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Protocol
+
+from zramd.errors import ZramdError
+from zramd.nbd import wire
+from zramd.nbd.wire import ExportInfo, Malformed
+
+MAX_OPTIONS = 32  # as nbdkit (server/protocol-handshake-newstyle.c, MAX_NR_OPTIONS)
+MAX_OPTION_LENGTH = 32 << 20  # as qemu (nbd/server.c, NBD_MAX_BUFFER_SIZE)
+MAX_KEPT = 64 << 10  # room for the longest name and every info request there is, many times over
+
+
+class Exports(Protocol):
+    """What there is to serve. An export that cannot be had raises ZramdError; the peer sees why."""
+
+    def names(self) -> list[str]:
+        """The names to list."""
+
+    def describe(self, name: str) -> ExportInfo:
+        """What the export looks like, without opening it."""
+
+    def open(self, name: str) -> ExportInfo:
+        """Opens the export for this connection. Called once at most per success."""
+
+
+class State(enum.Enum):
+    GREETED = enum.auto()
+    HAGGLING = enum.auto()
+    TRANSMITTING = enum.auto()
+    ENDED = enum.auto()
+
+
+class Negotiation:
+    """One handshake. Send `greeting()`, then feed what arrives to `receive` until `done`."""
+
+    def __init__(self, exports: Exports) -> None:
+        self.state = State.GREETED
+        self.export: ExportInfo | None = None
+        """The export that was opened, once TRANSMITTING."""
+        self.reason = ""
+        """Why it ENDED."""
+        self.shutting_down = False
+        """Set by the caller: refuse what still comes with NBD_REP_ERR_SHUTDOWN."""
+        self._exports = exports
+        self._buffer = bytearray()
+        self._skip = 0  # bytes of a long option's data still to be thrown away
+        self._options = 0
+        self._no_zeroes = False
+        self._fixed = False
+        self._handlers: dict[int, Callable[[int, bytes], bytes]] = {
+            wire.NBD_OPT_EXPORT_NAME: self._export_name,
+            wire.NBD_OPT_ABORT: self._abort,
+            wire.NBD_OPT_LIST: self._list,
+            wire.NBD_OPT_INFO: self._info,
+            wire.NBD_OPT_GO: self._info,
+        }
+
+    @property
+    def done(self) -> bool:
+        return self.state in (State.TRANSMITTING, State.ENDED)
+
+    @property
+    def trailing(self) -> bytes:
+        """What arrived after the handshake's last byte."""
+        return bytes(self._buffer)
+
+    @staticmethod
+    def greeting() -> bytes:
+        return wire.pack_greeting()
+
+    def receive(self, data: bytes | memoryview) -> bytes:
+        """Takes `data` in, returns what to send now."""
+        self._buffer += data
+        replies = b""
+        while not self.done:
+            reply = self._maybe_step()
+            if reply is None:
+                break
+            replies += reply
+        return replies
+
+    def _maybe_step(self) -> bytes | None:
+        """Consumes one message and answers it; None where more bytes are needed first."""
+        if self._skip:
+            skipped = min(self._skip, len(self._buffer))
+            del self._buffer[:skipped]
+            self._skip -= skipped
+            if self._skip:
+                return None
+        if self.state is State.GREETED:
+            return self._client_flags()
+        if len(self._buffer) < wire.OPTION.size:
+            return None
+        magic, option, length = wire.OPTION.unpack_from(self._buffer)
+        if magic != wire.IHAVEOPT:
+            return self._drop("not an option")
+        if length > MAX_OPTION_LENGTH:
+            return self._drop(f"an option of {length} bytes")
+        if self._options == MAX_OPTIONS:
+            return self._drop(f"more than {MAX_OPTIONS} options")
+        if length > MAX_KEPT:
+            self._options += 1
+            del self._buffer[: wire.OPTION.size]
+            self._skip = length
+            return self._too_long(option)
+        end = wire.OPTION.size + length
+        if len(self._buffer) < end:
+            return None
+        self._options += 1
+        data = bytes(self._buffer[wire.OPTION.size : end])
+        del self._buffer[:end]
+        return self._answer(option, data)
+
+    def _client_flags(self) -> bytes | None:
+        if len(self._buffer) < wire.CLIENT_FLAGS.size:
+            return None
+        (flags,) = wire.CLIENT_FLAGS.unpack_from(self._buffer)
+        del self._buffer[: wire.CLIENT_FLAGS.size]
+        if flags & ~(wire.NBD_FLAG_C_FIXED_NEWSTYLE | wire.NBD_FLAG_C_NO_ZEROES):
+            return self._drop(f"client flags {flags:#x}")
+        self._fixed = bool(flags & wire.NBD_FLAG_C_FIXED_NEWSTYLE)
+        self._no_zeroes = bool(flags & wire.NBD_FLAG_C_NO_ZEROES)
+        self.state = State.HAGGLING
+        return b""
+
+    def _answer(self, option: int, data: bytes) -> bytes:
+        if not self._fixed and option != wire.NBD_OPT_EXPORT_NAME:
+            return self._refuse(option, wire.NBD_REP_ERR_INVALID, "needs fixed newstyle")
+        if self.shutting_down and option != wire.NBD_OPT_ABORT:
+            if option == wire.NBD_OPT_EXPORT_NAME:
+                return self._drop("shutting down")
+            return self._refuse(option, wire.NBD_REP_ERR_SHUTDOWN, "the server is shutting down")
+        handler = self._handlers.get(option)
+        if handler is None:
+            return self._refuse(option, wire.NBD_REP_ERR_UNSUP, f"option {option} is not supported")
+        try:
+            return handler(option, data)
+        except Malformed as error:
+            return self._refuse(option, wire.NBD_REP_ERR_INVALID, str(error))
+        except ZramdError as error:
+            return self._refuse(option, wire.NBD_REP_ERR_UNKNOWN, str(error))
+
+    def _too_long(self, option: int) -> bytes:
+        """Answers an option whose data is not kept."""
+        if option == wire.NBD_OPT_EXPORT_NAME:
+            return self._drop("an endless export name")
+        if option in self._handlers and option != wire.NBD_OPT_ABORT:
+            return self._refuse(option, wire.NBD_REP_ERR_TOO_BIG, f"at most {MAX_KEPT} bytes")
+        return self._answer(option, b"")
+
+    # One method per option
+
+    def _export_name(self, _option: int, data: bytes) -> bytes:
+        try:
+            export = self._exports.open(wire.parse_name(data))
+        except (Malformed, ZramdError) as error:
+            return self._drop(str(error))  # this option has no way to say no
+        self.export, self.state = export, State.TRANSMITTING
+        reply = wire.EXPORT_NAME_REPLY.pack(export.size, export.flags)
+        return reply if self._no_zeroes else reply + wire.EXPORT_NAME_ZEROES
+
+    def _abort(self, option: int, _data: bytes) -> bytes:
+        self._drop("the client aborted")
+        return wire.pack_option_reply(option, wire.NBD_REP_ACK)
+
+    def _list(self, option: int, data: bytes) -> bytes:
+        if data:
+            raise Malformed("NBD_OPT_LIST takes no data")
+        servers = (
+            wire.pack_option_reply(option, wire.NBD_REP_SERVER, wire.pack_server(name))
+            for name in self._exports.names()
+        )
+        return b"".join(servers) + wire.pack_option_reply(option, wire.NBD_REP_ACK)
+
+    def _info(self, option: int, data: bytes) -> bytes:
+        """NBD_OPT_INFO, and NBD_OPT_GO, which is the same and then begins the transmission."""
+        name, wanted = wire.parse_go(data)
+        if option == wire.NBD_OPT_GO:
+            export = self._exports.open(name)
+            self.export, self.state = export, State.TRANSMITTING
+        else:
+            export = self._exports.describe(name)
+        # Block sizes unasked too, as qemu sends them: clients must loop until the ACK anyway.
+        infos = [wire.pack_info_export(export), wire.pack_info_block_size(export)]
+        if wire.NBD_INFO_NAME in wanted:
+            infos.append(wire.pack_info_name(export.name))
+        replies = (wire.pack_option_reply(option, wire.NBD_REP_INFO, info) for info in infos)
+        return b"".join(replies) + wire.pack_option_reply(option, wire.NBD_REP_ACK)
+
+    # The ways to say no
+
+    @staticmethod
+    def _refuse(option: int, error: int, why: str) -> bytes:
+        return wire.pack_option_reply(option, error, why.encode()[: wire.NBD_MAX_STRING])
+
+    def _drop(self, reason: str) -> bytes:
+        self.state, self.reason = State.ENDED, reason
+        return b""

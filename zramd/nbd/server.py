@@ -1,0 +1,172 @@
+"""NBD over sockets: where a device's server listens, and the connections it has.
+
+Promises:
+1. A unix socket has mode 0600 from its first moment; a stale one is replaced, a live one and
+   anything that is no socket stay untouched, and we remove none but our own.
+2. A forced reset of the device ends the connections that were open before it, after what was
+   admitted has been answered; those of the next generation live on.
+3. After `close` nothing is left: no socket, no connection, no thread, no Opener.
+
+Assumes: everything but the device's callback is called on the event loop; two servers are not
+started on one socket path at the same instant.
+"""
+
+import asyncio
+import errno
+import os
+import socket
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from zramd.device import Zram
+from zramd.errors import BadValue, ServerExists
+from zramd.nbd.address import Address, TcpAddress, UnixAddress
+from zramd.nbd.connection import LINGER_SECONDS, Connection
+
+_THREADS = min(os.cpu_count() or 1, 8)
+"""More would only queue for the GIL between two pages."""
+
+_BACKLOG = 1024
+"""Clients that connect without blocking get EAGAIN from a unix socket whose backlog is full."""
+
+
+class Server:
+    """Serves one device, under its name and under the empty name, on any number of addresses."""
+
+    def __init__(self, zram: Zram) -> None:
+        self.zram = zram
+        self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="nbd")
+        self.closing = False
+        self.live: set[Connection] = set()
+        self.addresses: list[Address] = []
+        """Where it listens; a TCP port of 0 has become the real one."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._listeners: list[asyncio.Server] = []
+        self._sockets: list[tuple[Path, os.stat_result]] = []
+        zram.on_reset.append(self._device_was_reset)
+
+    @property
+    def connections(self) -> int:
+        """Connections there are, those still negotiating included."""
+        return len(self.live)
+
+    async def listen(self, address: Address) -> None:
+        """Binds `address` and accepts from now on.
+
+        Raises ServerExists where somebody listens already, BadValue where nobody can.
+        """
+        self._loop = loop = asyncio.get_running_loop()
+        if isinstance(address, UnixAddress):
+            sock = _bind_unix(address)
+            self._sockets.append((address.path, address.path.stat()))
+            listener = await loop.create_unix_server(
+                lambda: Connection(self), sock=sock, backlog=_BACKLOG
+            )
+        else:
+            try:
+                listener = await loop.create_server(
+                    lambda: Connection(self), address.host, address.port, backlog=_BACKLOG
+                )
+            except OSError as error:
+                raise _listen_failed(address, error) from error
+            address = TcpAddress(address.host, listener.sockets[0].getsockname()[1])
+        self._listeners.append(listener)
+        self.addresses.append(address)
+
+    async def close(self) -> None:
+        """Stops accepting, answers what is in flight, closes the connections, unlinks sockets."""
+        self.closing = True
+        if self._device_was_reset in self.zram.on_reset:
+            self.zram.on_reset.remove(self._device_was_reset)
+        for listener in self._listeners:
+            listener.close()
+        for path, bound in self._sockets:
+            _unlink_if_ours(path, bound)
+        self._listeners, self._sockets, self.addresses = [], [], []
+        serving = [connection for connection in self.live if connection.serving]
+        for connection in self.live:
+            connection.end()
+        if serving:
+            await asyncio.wait([c.gone for c in serving], timeout=LINGER_SECONDS)
+        # What is left has not finished its handshake, or does not read.
+        rest = list(self.live)
+        for connection in rest:
+            connection.abort()
+        if rest:
+            await asyncio.wait([connection.gone for connection in rest])
+        self.threads.shutdown()
+
+    def _device_was_reset(self) -> None:
+        """The device's callback, in the resetter's thread."""
+        if self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._end_old_generation)
+            except RuntimeError:
+                pass  # the loop is closed, and all connections with it
+
+    def _end_old_generation(self) -> None:
+        for connection in list(self.live):
+            if connection.outdated:
+                connection.end()
+
+
+def _bind_unix(address: UnixAddress) -> socket.socket:
+    """A socket bound to the path, of mode 0600, in the place of a stale one."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _make_way(address)
+        os.fchmod(sock.fileno(), 0o600)  # Linux: bind() gives the file this mode, from the start
+        sock.bind(str(address.path))
+    except OSError as error:
+        sock.close()
+        raise _listen_failed(address, error) from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _make_way(address: UnixAddress) -> None:
+    """Removes a socket on which nobody listens. Raises BadValue, ServerExists, OSError."""
+    path = address.path
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise BadValue(
+            f"{path} exists and is not a socket",
+            hint="remove it, or choose another path for the socket",
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full backlog is a live server too
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except BlockingIOError:
+            pass
+    raise _exists(address)
+
+
+def _listen_failed(address: Address, error: OSError) -> BadValue | ServerExists:
+    if error.errno == errno.EADDRINUSE:
+        return _exists(address)
+    return BadValue(f"cannot listen on {address}: {error.strerror or error}")
+
+
+def _exists(address: Address) -> ServerExists:
+    return ServerExists(
+        f"a server listens on {address} already", hint="stop it, or listen elsewhere"
+    )
+
+
+def _unlink_if_ours(path: Path, bound: os.stat_result) -> None:
+    """Another server may have replaced our socket; that one stays."""
+    try:
+        if os.path.samestat(path.lstat(), bound):
+            path.unlink()
+    except FileNotFoundError:
+        pass
