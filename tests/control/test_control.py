@@ -1,0 +1,335 @@
+"""The control socket: the client against the server over a real device, and bare varlink."""
+
+import dataclasses
+import json
+import os
+import socket
+import stat
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from zramd import errors
+from zramd.control.client import Control
+from zramd.control.server import ControlThread
+from zramd.device import Zram
+from zramd.errors import (
+    KINDS,
+    BadValue,
+    DeviceBusy,
+    NoServer,
+    NotInitialised,
+    NotSupported,
+    ServerFailed,
+    ZramdError,
+)
+
+
+@pytest.fixture
+def place():
+    with tempfile.TemporaryDirectory(prefix="z") as directory:
+        (Path(directory) / "zram0").mkdir()
+        yield Path(directory) / "zram0" / "control"
+
+
+@pytest.fixture
+def zram():
+    zram = Zram("zram0")
+    yield zram
+    zram.close()
+
+
+@pytest.fixture
+def stopped():
+    return threading.Event()
+
+
+@pytest.fixture
+def thread(zram, place, stopped):
+    thread = ControlThread(zram, place, stopped.set)
+    thread.start()
+    yield thread
+    thread.close()
+
+
+@pytest.fixture
+def control(thread, place):
+    with Control(place) as control:
+        yield control
+
+
+def varlink(place, method, **parameters):
+    """One call by hand: what comes back, as JSON."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(30)
+        sock.connect(str(place))
+        sock.sendall(json.dumps({"method": method, "parameters": parameters}).encode() + b"\0")
+        answer = b""
+        while not answer.endswith(b"\0"):
+            answer += sock.recv(65536)
+        return json.loads(answer[:-1])
+
+
+def test_attributes_are_read_and_written(control, zram):
+    control.set("disksize", "1M")
+    assert control.get("disksize") == "1048576"
+    assert zram.disksize == 1 << 20
+
+
+def test_statistics_come_back_as_they_were_taken(control, zram):
+    zram.init(1 << 20)
+    opener = zram.open("a test")
+    opener.write(0, os.urandom(8192) + bytes(4096))
+    assert control.statistics() == zram.statistics()
+    assert control.statistics().openers == ("a test",)
+    opener.close()
+
+
+def test_a_reset_drops_everything(control, zram):
+    zram.init(1 << 20)
+    control.reset()
+    assert zram.disksize == 0
+
+
+def test_a_reset_of_an_open_device_is_refused_naming_who_holds_it_unless_forced(control, zram):
+    zram.init(1 << 20)
+    opener = zram.open("somebody in particular")
+    with pytest.raises(DeviceBusy, match="somebody in particular"):
+        control.reset()
+    assert zram.disksize == 1 << 20
+    control.reset(force=True)
+    assert zram.disksize == 0
+    opener.close()
+
+
+def test_stop_is_refused_while_the_device_is_open_and_then_nothing_ends(control, zram, stopped):
+    zram.init(1 << 20)
+    opener = zram.open("somebody in particular")
+    with pytest.raises(DeviceBusy, match="somebody in particular"):
+        control.stop()
+    assert not stopped.is_set()
+    assert zram.disksize == 1 << 20
+    control.stop(force=True)
+    assert stopped.is_set()
+    opener.close()
+
+
+def test_after_stop_nobody_can_open_the_device_any_more(control, zram, stopped):
+    zram.init(1 << 20)
+    control.stop()
+    assert stopped.is_set()
+    with pytest.raises(NotInitialised):
+        zram.open("too late")
+
+
+def test_the_reply_to_stop_arrives_though_the_server_ends_at_once(zram, place):
+    for _ in range(20):
+        told = threading.Event()
+        thread = ControlThread(zram, place, told.set)
+        thread.start()
+        closer = threading.Thread(target=lambda t=thread, e=told: (e.wait(30), t.close()))
+        closer.start()
+        with Control(place) as control:
+            control.stop()
+        closer.join()
+        assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "attribute"),
+    [(BadValue, "nonsense"), (NotSupported, "compact")],
+)
+def test_an_error_of_the_device_is_raised_here_as_it_was_there(control, zram, error, attribute):
+    zram.init(1 << 20)
+    with pytest.raises(error) as there:
+        zram.set(attribute, "1")
+    with pytest.raises(error) as here:
+        control.set(attribute, "1")
+    assert (here.value.message, here.value.hint) == (there.value.message, there.value.hint)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.slug)
+def test_every_class_of_error_survives_the_way(control, zram, monkeypatch, kind):
+    def fail(attribute):
+        raise kind("it happened", hint="do this")
+
+    monkeypatch.setattr(zram, "get", fail)
+    with pytest.raises(kind) as caught:
+        control.get("anything")
+    assert type(caught.value) is kind
+    assert (caught.value.message, caught.value.hint) == ("it happened", "do this")
+
+
+def test_something_unforeseen_in_the_server_is_an_error_and_it_goes_on(
+    control, zram, monkeypatch, caplog
+):
+    def fail(attribute):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(zram, "get", fail)
+    with pytest.raises(ZramdError, match="RuntimeError: a bug") as caught:
+        control.get("anything")
+    assert type(caught.value) is ZramdError
+    assert control.statistics().name == "zram0"
+    assert "a bug" in caplog.text
+
+
+def test_a_slow_call_does_not_keep_others_waiting(control, zram, place, monkeypatch):
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(attribute):
+        entered.set()
+        assert leave.wait(30)
+        return "at last"
+
+    monkeypatch.setattr(zram, "get", slow)
+    got = []
+    waiter = threading.Thread(target=lambda: got.append(control.get("anything")))
+    waiter.start()
+    assert entered.wait(30)
+    with Control(place) as other:
+        assert other.statistics().name == "zram0"
+    leave.set()
+    waiter.join()
+    assert got == ["at last"]
+
+
+def test_many_clients_at_once_are_all_served(thread, place):
+    def ask():
+        with Control(place) as control:
+            answers.append(control.get("disksize"))
+
+    answers = []
+    clients = [threading.Thread(target=ask) for _ in range(40)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    assert answers == ["0"] * 40
+
+
+def test_where_nobody_listens_there_is_no_server(place):
+    with pytest.raises(NoServer, match="zram0") as caught:
+        Control(place)
+    assert "zramd up" in caught.value.hint
+
+
+def test_a_socket_whose_server_died_is_no_server_either(place):
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(place))
+    with pytest.raises(NoServer):
+        Control(place)
+
+
+def test_a_stale_socket_is_replaced(place, zram, stopped):
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(place))
+    thread = ControlThread(zram, place, stopped.set)
+    thread.start()
+    with Control(place) as control:
+        assert control.get("disksize") == "0"
+    thread.close()
+
+
+def test_a_socket_that_cannot_be_made_is_told_and_no_thread_stays(zram, stopped, place):
+    thread = ControlThread(zram, place / "not" / "there", stopped.set)
+    with pytest.raises(ServerFailed, match="No such file"):
+        thread.start()
+    assert not [t for t in threading.enumerate() if t.name == "control"]
+
+
+def test_a_server_that_never_answers_is_told_instead_of_waited_for(place, monkeypatch):
+    monkeypatch.setattr("zramd.control.client.ANSWER_S", 0.05)
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(place))
+        mute.listen()
+        with Control(place) as control, pytest.raises(ServerFailed, match="does not answer"):
+            control.statistics()
+
+
+def test_a_server_that_ends_while_it_is_asked_is_told(place):
+    with socket.socket(socket.AF_UNIX) as dying:
+        dying.bind(str(place))
+        dying.listen()
+        with Control(place) as control:
+            dying.accept()[0].close()
+            with pytest.raises(ServerFailed, match="ended while it was being asked"):
+                control.statistics()
+
+
+def test_a_server_of_another_version_is_told(place):
+    def answer():
+        connection, _ = speaker.accept()
+        connection.recv(4096)
+        connection.sendall(b'{"parameters": {"name": "zram0", "colour": "blue"}}\0')
+        connection.close()
+
+    with socket.socket(socket.AF_UNIX) as speaker:
+        speaker.bind(str(place))
+        speaker.listen()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with Control(place) as control, pytest.raises(ServerFailed, match="another version"):
+            control.statistics()
+        thread.join()
+
+
+def test_the_socket_is_ours_alone_and_goes_with_the_server(thread, place):
+    assert stat.S_IMODE(place.stat().st_mode) == 0o600
+    thread.close()
+    thread.close()
+    assert not place.exists()
+
+
+def test_any_varlink_client_can_ask_what_the_service_is(thread, place):
+    info = varlink(place, "org.varlink.service.GetInfo")["parameters"]
+    assert info["product"] == "zramd"
+    assert info["interfaces"] == ["org.varlink.service", "zramd.Device"]
+
+
+def test_the_description_names_every_method_every_figure_and_the_error(thread, place, zram):
+    reply = varlink(place, "org.varlink.service.GetInterfaceDescription", interface="zramd.Device")
+    said = reply["parameters"]["description"]
+    assert "interface zramd.Device" in said
+    for method in ("Get", "Set", "Statistics", "Reset", "Stop"):
+        assert f"\nmethod {method}(" in said
+    for field in dataclasses.fields(zram.statistics()):
+        assert f"{field.name}: " in said
+    assert "\nerror Failed (slug: string, message: string, hint: ?string)" in said
+
+
+def test_any_varlink_client_can_call_and_leave_out_force(thread, place, zram):
+    zram.init(1 << 20)
+    reply = varlink(place, "zramd.Device.Statistics")
+    assert reply["parameters"]["disksize"] == 1 << 20
+    assert "error" not in varlink(place, "zramd.Device.Reset")
+    assert zram.disksize == 0
+
+
+def test_an_error_on_the_wire_has_its_slug(thread, place):
+    reply = varlink(place, "zramd.Device.Get", attribute="nonsense")
+    assert reply["error"] == "zramd.Device.Failed"
+    assert reply["parameters"]["slug"] == errors.BadValue.slug
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "error"),
+    [
+        ("zramd.Device.Fly", {}, "MethodNotFound"),
+        ("io.github.zramd.Nothing.Get", {}, "InterfaceNotFound"),
+        ("zramd.Device.Get", {"attribute": 3}, "InvalidParameter"),
+    ],
+)
+def test_wrong_calls_get_the_standard_s_errors(thread, place, method, parameters, error):
+    assert varlink(place, method, **parameters)["error"] == f"org.varlink.service.{error}"
+
+
+def test_rubbish_on_the_socket_hurts_nobody(thread, place):
+    for rubbish in (b"\0", b"{\0", b"[]\0", b'{"method": 3}\0', b"\xff\xfe\0", b"x" * 100_000):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(place))
+            sock.sendall(rubbish)
+    with Control(place) as control:
+        assert control.get("disksize") == "0"

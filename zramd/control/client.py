@@ -1,0 +1,138 @@
+"""Asking the server of a device: a blocking face on the varlink client, for the command line.
+
+What the device raises is raised here, as the same class. A server that is not there is NoServer;
+one that ends, or does not answer, while it is being asked is ServerFailed.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from asyncvarlink import VarlinkClientProtocol, VarlinkErrorReply, VarlinkTransport
+from asyncvarlink.conversion import ConversionError
+
+from zramd.control.interface import DeviceInterface, Failed, statistics_from_reply
+from zramd.errors import NoServer, ServerFailed
+from zramd.statistics import Statistics
+
+ANSWER_S: Final = 5.0
+"""How long a server may take to connect or to tell something; a live one takes milliseconds.
+Calls that change something may wait for I/O in flight, and have no limit."""
+
+
+class Control:
+    """A connection to the control socket at `path`, PATH/TO/NAME/control. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises NoServer where nobody listens, ServerFailed where the path cannot be used."""
+        self._name = path.parent.name
+        self._runner = asyncio.Runner()
+        try:
+            sock = self._connect(path)
+            self._protocol = self._runner.run(_talk_over(sock))
+        except BaseException:
+            self._runner.close()
+            raise
+        self._device = self._protocol.make_proxy(DeviceInterface)
+
+    def get(self, attribute: str) -> str:
+        value: str = self._call(self._device.Get(attribute=attribute), ANSWER_S)["value"]
+        return value
+
+    def set(self, attribute: str, value: str) -> None:
+        self._call(self._device.Set(attribute=attribute, value=value))
+
+    def statistics(self) -> Statistics:
+        return statistics_from_reply(self._call(self._device.Statistics(), ANSWER_S))
+
+    def reset(self, *, force: bool = False) -> None:
+        self._call(self._device.Reset(force=force))
+
+    def stop(self, *, force: bool = False) -> None:
+        """Returns when the server has agreed to end, not when it has ended."""
+        self._call(self._device.Stop(force=force))
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._runner.run(_hang_up(self._protocol))
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _connect(self, path: Path) -> socket.socket:
+        # A blocking connect waits its turn in a full backlog; asyncio's takes EAGAIN for done.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(ANSWER_S)
+        try:
+            sock.connect(os.fspath(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.close()
+            raise NoServer(
+                f"no server runs for {self._name}",
+                hint="`zramd list` shows what there is, `zramd up` and `zramd serve` start one",
+            ) from None
+        except TimeoutError:
+            sock.close()
+            raise self._silent() from None
+        except OSError as error:
+            sock.close()
+            raise ServerFailed(f"cannot ask {path}: {error.strerror or error}") from error
+        sock.setblocking(False)
+        return sock
+
+    def _call(self, call: Awaitable[Any], answer_s: float | None = None) -> Any:
+        try:
+            return self._runner.run(_within(call, answer_s))
+        except Failed as failed:
+            raise failed.to_error() from None
+        except TimeoutError:
+            raise self._silent() from None
+        except OSError as error:
+            raise ServerFailed(
+                f"the server of {self._name} ended while it was being asked",
+                hint=f"`zramd list` shows whether it still runs; `zramd down {self._name}`"
+                " clears what it left",
+            ) from error
+        except (VarlinkErrorReply, ConversionError) as error:
+            raise ServerFailed(
+                f"the server of {self._name} speaks another version: {error}",
+                hint="ask it with the version of zramd that started it",
+            ) from error
+
+    def _silent(self) -> ServerFailed:
+        return ServerFailed(
+            f"the server of {self._name} does not answer within {ANSWER_S:.0f} seconds",
+            hint="it is stopped or overloaded; its process id stands in"
+            " the file `lock` of its runtime directory",
+        )
+
+
+async def _talk_over(sock: socket.socket) -> VarlinkClientProtocol:
+    protocol = VarlinkClientProtocol()
+    VarlinkTransport(asyncio.get_running_loop(), sock, sock, protocol)
+    await asyncio.sleep(0)  # lets the transport tell the protocol that it is connected
+    return protocol
+
+
+async def _within(call: Awaitable[Any], seconds: float | None) -> Any:
+    async with asyncio.timeout(seconds):
+        return await call
+
+
+async def _hang_up(protocol: VarlinkClientProtocol) -> None:
+    protocol.close()
+    await asyncio.sleep(0)  # lets the transport close its socket
+    await asyncio.sleep(0)

@@ -1,0 +1,109 @@
+"""What the control socket of a device says: the varlink interface zramd.Device.
+
+`org.varlink.service` beside it describes it to any varlink client, such as systemd's varlinkctl:
+
+    varlinkctl call /run/zramd/zram0/control zramd.Device.Statistics {}
+
+Every error travels as `Failed`, with the slug that names its class in zramd.errors, so that the
+client raises the same error that the device did.
+
+Guarantees
+1. No call blocks the event loop: the device is asked in a thread, since a reset waits for the
+   requests that are inside, and writing disksize may allocate much.
+2. Stop goes through a reset, so it cannot race a client that connects meanwhile: that client
+   either makes it fail with DeviceBusy, or is refused for want of a disksize.
+
+The client uses DeviceInterface for its signatures only; this module must not load a compressor.
+"""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypedDict, TypeVar
+
+from asyncvarlink import TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
+
+from zramd.errors import ZramdError, by_slug
+from zramd.statistics import Statistics
+
+if TYPE_CHECKING:
+    from zramd.device import Zram
+
+INTERFACE: Final = "zramd.Device"
+
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+# The reply of Statistics has the fields of the dataclass; varlink knows lists, not tuples.
+_FIELDS = {f.name: f.type for f in dataclasses.fields(Statistics)} | {"openers": list[str]}
+_StatisticsReply: Any = TypedDict("_StatisticsReply", _FIELDS)  # type: ignore[misc]
+
+
+class Failed(TypedVarlinkErrorReply, interface=INTERFACE):
+    """Why it was not done: slug is a stable name, message one line, hint the next step to take."""
+
+    class Parameters:
+        slug: str
+        message: str
+        hint: str | None
+
+    def to_error(self) -> ZramdError:
+        said = self.parameters
+        return by_slug(said["slug"])(said["message"], hint=said.get("hint"))
+
+
+def statistics_from_reply(reply: dict[str, Any]) -> Statistics:
+    return Statistics(**reply | {"openers": tuple(reply["openers"])})
+
+
+class DeviceInterface(VarlinkInterface, name=INTERFACE):
+    """One zramd device. Attributes have the names and formats of zram's."""
+
+    errors = (Failed,)
+
+    def __init__(self, zram: "Zram", stop: Callable[[], None]) -> None:
+        """`stop` is called on the event loop when the server is to end."""
+        self._zram = zram
+        self._stop = stop
+
+    @varlinkmethod(return_parameter="value")
+    async def Get(self, attribute: str) -> str:
+        """The text of an attribute, as reading /sys/block/zramN/ATTRIBUTE gives it."""
+        return await _ask(self._zram.get, attribute)
+
+    @varlinkmethod
+    async def Set(self, attribute: str, value: str) -> None:
+        """Write an attribute, as writing to /sys/block/zramN/ATTRIBUTE does."""
+        await _ask(self._zram.set, attribute, value)
+
+    @varlinkmethod(return_type=_StatisticsReply)
+    async def Statistics(self) -> dict[str, Any]:
+        """All figures of the device at one moment: bytes, or pages of 4096 bytes."""
+        now = await _ask(self._zram.statistics)
+        return dataclasses.asdict(now) | {"openers": list(now.openers)}
+
+    @varlinkmethod
+    async def Reset(self, force: bool = False) -> None:
+        """Drop all pages and the disksize. Refused while the device is open; force ends its
+        connections instead."""
+        await _ask(self._zram.reset, force=force)
+
+    @varlinkmethod
+    async def Stop(self, force: bool = False) -> None:
+        """Reset, then end the server. Refused as Reset is."""
+        await _ask(self._zram.reset, force=force)
+        self._stop()
+
+
+async def _ask(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call the device in a thread; what it raises becomes a reply."""
+    try:
+        return await asyncio.to_thread(function, *args, **kwargs)
+    except ZramdError as error:
+        raise Failed(slug=error.slug, message=error.message, hint=error.hint) from error
+    except Exception as error:
+        _log.exception("a control call failed unforeseen")
+        message = f"unforeseen in the server: {type(error).__name__}: {error}"
+        raise Failed(slug=ZramdError.slug, message=message, hint="see the server's log") from error

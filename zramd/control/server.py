@@ -1,0 +1,134 @@
+"""Serving a device's control socket, on the caller's event loop or in a thread of its own.
+
+`close` returns only after every reply that was made has been sent, the one to Stop included, or
+its client has stopped reading for a second.
+
+Assumes that the caller holds the claim on the device's name (zramd.service.runtime): whatever
+stands at the socket's path is then a leftover, and is replaced.
+"""
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from asyncvarlink import (
+    VarlinkInterfaceRegistry,
+    VarlinkInterfaceServerProtocol,
+    VarlinkMethodReply,
+    VarlinkUnixServer,
+    create_unix_server,
+)
+from asyncvarlink.serviceinterface import VarlinkServiceInterface
+
+from zramd import __version__
+from zramd.control.interface import DeviceInterface
+from zramd.errors import ServerFailed
+
+if TYPE_CHECKING:
+    from zramd.device import Zram
+
+_BACKLOG: Final = 128
+_FLUSH_S: Final = 1.0
+
+
+class ControlServer:
+    """One device's control socket; `start` and `close` on the same event loop."""
+
+    def __init__(self, zram: "Zram", path: Path, stop: Callable[[], None]) -> None:
+        """`stop` is called on the event loop when a client has asked the server to end."""
+        self._path = path
+        self._registry = VarlinkInterfaceRegistry()
+        self._registry.register_interface(
+            VarlinkServiceInterface("zramd", "zramd", __version__, "", self._registry)
+        )
+        self._registry.register_interface(DeviceInterface(zram, stop))
+        self._unsent: set[asyncio.Future[None]] = set()
+        self._server: VarlinkUnixServer | None = None
+
+    async def start(self) -> None:
+        """Bind and listen. Raises ServerFailed."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._path.unlink(missing_ok=True)
+            os.fchmod(listener.fileno(), 0o600)  # the mode that bind() gives the file
+            listener.bind(os.fspath(self._path))
+        except OSError as error:
+            listener.close()
+            raise ServerFailed(f"cannot make {self._path}: {error.strerror or error}") from error
+        self._server = await create_unix_server(
+            lambda: _Connection(self._registry, self._unsent), sock=listener
+        )
+        listener.listen(_BACKLOG)  # asyncvarlink asks for 1: a burst of clients would be refused
+
+    async def close(self) -> None:
+        """Stop accepting, send what is to be sent, end all connections. Idempotent."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        self._path.unlink(missing_ok=True)
+        if self._unsent:
+            await asyncio.wait(self._unsent, timeout=_FLUSH_S)
+        server.abort_clients()
+        await server.wait_closed()
+
+
+class _Connection(VarlinkInterfaceServerProtocol):
+    """One client; its replies stay in `unsent` until the kernel has them."""
+
+    def __init__(
+        self, registry: VarlinkInterfaceRegistry, unsent: set[asyncio.Future[None]]
+    ) -> None:
+        super().__init__(registry)
+        self._unsent = unsent
+
+    def send_reply(
+        self, reply: VarlinkMethodReply, fds: list[int] | None = None, autoclose: bool = True
+    ) -> asyncio.Future[None]:
+        sent = super().send_reply(reply, fds, autoclose)
+        self._unsent.add(sent)
+        sent.add_done_callback(self._unsent.discard)
+        return sent
+
+
+class ControlThread:
+    """The control socket served by a thread, for a host whose main loop is not ours (nbdkit).
+
+    Threads do not survive a fork: start it after the host has daemonised (nbdkit: after_fork).
+    """
+
+    def __init__(self, zram: "Zram", path: Path, stop: Callable[[], None]) -> None:
+        """`stop` is called in that thread when a client has asked the server to end."""
+        self._server = ControlServer(zram, path, stop)
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+
+    def start(self) -> None:
+        """Returns once the socket listens. Raises ServerFailed."""
+        self._loop = asyncio.new_event_loop()
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result()
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def close(self) -> None:
+        """End the service and the thread. Idempotent; not to be called from that thread."""
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
+            self._end_loop()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()

@@ -1,0 +1,1 @@
+"""A device as a service: its place on the machine (runtime) and the process that serves it."""
