@@ -1,0 +1,124 @@
+"""What is read from /proc, and the errors that need no kernel to happen."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require
+from tests.kernel.servers import ROOT
+from zramd.errors import AttachFailed, BadValue, NeedsRoot, ToolMissing
+from zramd.kernel import attach, netlink, state, tools, use
+from zramd.kernel.state import User
+
+MOUNTINFO = r"""22 27 0:21 / /proc rw,relatime - proc proc rw
+27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw,discard
+40 27 43:0 / /mnt/a\040place rw,relatime shared:2 master:3 - ext4 /dev/nbd0 rw
+41 27 0:42 / /srv rw,relatime - btrfs /dev/nbd0 rw
+42 27 0:39 / /run/zramd/zram0/loop rw,nosuid - fuse /dev/fuse rw,user_id=0
+43 27 43:0 /sub /bind rw,relatime - ext4 /dev/disk/by-label/x rw
+"""
+SWAPS = """Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority
+/dev/nbd0                               partition\t524284\t\t0\t\t5
+/dev/nbd1                               partition\t524284\t\t0\t\t5
+"""
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/mountinfo").write_text(MOUNTINFO)
+    (tmp_path / "swaps").write_text(SWAPS)
+    monkeypatch.setattr(state, "PROC", tmp_path)
+    monkeypatch.setattr(state, "SYS_BLOCK", tmp_path / "block")
+    monkeypatch.setattr(state, "_number", {"/dev/nbd0": os.makedev(43, 0)}.get)
+    return tmp_path
+
+
+def test_users_are_found_by_name_by_number_and_in_their_order(proc: Path) -> None:
+    (proc / "block/nbd0/holders/dm-3").mkdir(parents=True)
+    assert state.users("/dev/nbd0") == [
+        User("swap", "[SWAP]"),
+        User("mount", "/mnt/a place"),
+        User("mount", "/srv"),
+        User("mount", "/bind"),
+        User("holder", "dm-3"),
+    ]
+    assert state.users("/dev/nbd1") == [User("swap", "[SWAP]")]
+    assert state.users("/dev/nbd2") == []
+
+
+def test_only_the_exact_mount_point_is_a_mount(proc: Path) -> None:
+    assert state.is_mount(Path("/run/zramd/zram0/loop"))
+    assert not state.is_mount(Path("/run/zramd/zram0"))
+
+
+def test_a_sockets_peer_lives_until_it_is_closed_or_shut_down() -> None:
+    ours, peer = socket.socketpair()
+    inode = os.fstat(ours.fileno()).st_ino
+    with ours:
+        assert netlink.unix_peer_lives(inode)
+        peer.close()
+        assert not netlink.unix_peer_lives(inode)
+    assert not netlink.unix_peer_lives(inode)
+
+
+def test_a_failing_program_is_one_line_with_what_it_said() -> None:
+    script = "echo >&2 first; echo >&2; echo >&2 second; exit 4"
+    with pytest.raises(AttachFailed) as failed:
+        tools.run("sh", "-c", script, error=AttachFailed)
+    assert failed.value.message.endswith("failed: first; second")
+
+
+def test_a_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "find", lambda _program: None)
+    with pytest.raises(ToolMissing) as missing:
+        tools.run("mkfs.xfs", error=AttachFailed)
+    assert "xfsprogs" in (missing.value.hint or "")
+
+
+def test_values_that_make_no_sense_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(BadValue, match="32768"):
+        use.swapon("/dev/nonesuch", 32768)
+    with pytest.raises(BadValue, match="ext4/"):
+        use.mount("/dev/nonesuch", tmp_path, "ext4/../sh")
+    with pytest.raises(BadValue, match="is not a directory"):
+        use.mount("/dev/nonesuch", tmp_path / "none")
+    with pytest.raises(BadValue, match="carrier"):
+        attach.attach("zram0", tmp_path / "nbd.sock", via="carrier pigeon")
+
+
+def test_who_is_not_root_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(tmp_path))
+    for asked in (
+        lambda: attach.attach("zram0", tmp_path / "nbd.sock"),
+        lambda: use.swapon("/dev/nonesuch"),
+        lambda: use.mount("/dev/nonesuch", tmp_path),
+    ):
+        with pytest.raises(NeedsRoot):
+            asked()
+
+
+def test_detaching_what_is_not_attached_needs_no_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(tmp_path))
+    attach.detach("zram0")
+    (tmp_path / "zram0").mkdir()
+    attach.detach("zram0")
+
+
+def test_the_holders_of_a_directory_are_named(tmp_path: Path) -> None:
+    require.path("/proc/self/fd")
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, cwd=ROOT)
+    try:
+        holder = f"(pid {process.pid})"
+        assert any(found.endswith(holder) for found in state.processes_in(str(ROOT)))
+        assert not any(found.endswith(holder) for found in state.processes_in(str(tmp_path)))
+    finally:
+        process.communicate(b"\n")

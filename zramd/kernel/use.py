@@ -1,0 +1,121 @@
+"""Use a block device node for swap or a file system, and stop using it.
+
+    swapon(node, priority=None)             # mkswap, swapon --discard
+    mount(node, directory, fstype="ext4")   # mkfs, mount -o discard
+    users(node) -> list[User]               # .kind "swap", "mount" or "holder", and .where
+    release(node)                           # swapoff, umount
+
+Promises
+1. Nothing that is on the node is overwritten: a file system of the wanted type is mounted as it
+   is, anything else is refused.
+2. `release` undoes the uses in reverse order and stops at the first that fails; what it has not
+   come to still stands, and so does the attachment.
+3. A dead server does not hang `release`: the node is cut off first, so that what waits for the
+   server fails instead. What was only there is lost then, but the node comes free.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from zramd.errors import BadValue, UseFailed
+from zramd.kernel import nbd, tools
+from zramd.kernel.state import User, processes_in, users
+
+__all__ = ["User", "mount", "release", "swapon", "users"]
+
+
+def swapon(node: str, priority: int | None = None) -> None:
+    """Make the node swap space and swap on it, freed pages discarded. Swap already: nothing.
+
+    `priority` -1 to 32767, higher is used first; None leaves it to the kernel.
+    """
+    if priority is not None and not -1 <= priority <= 32767:
+        raise BadValue(f"{priority} is not a swap priority", hint="use -1 to 32767")
+    tools.need_root(f"swapping on {node}")
+    in_use = users(node)
+    if in_use == [User("swap", "[SWAP]")]:
+        return
+    _refuse_use(node, in_use)
+    if _content(node) not in (None, "swap"):
+        raise _occupied(node)
+    tools.run("mkswap", node, error=UseFailed)
+    options = [] if priority is None else ["--priority", str(priority)]
+    tools.run("swapon", "--discard", *options, node, error=UseFailed)
+
+
+def mount(node: str, directory: Path, fstype: str = "ext4") -> None:
+    """Make a file system on the node and mount it on `directory`; mounted there already: nothing.
+
+    A node that holds a file system of this type already is mounted as it is.
+    """
+    if re.fullmatch(r"[a-z][a-z0-9]*", fstype) is None:
+        raise BadValue(f"{fstype!r} is not a file system type", hint="use ext4, xfs or btrfs")
+    if not directory.is_dir():
+        raise BadValue(f"{directory} is not a directory", hint=f"mkdir -p {directory}")
+    tools.need_root(f"mounting {node}")
+    in_use = users(node)
+    if User("mount", os.path.realpath(directory)) in in_use:
+        return
+    _refuse_use(node, in_use)
+    content = _content(node)
+    if content not in (None, fstype):
+        raise _occupied(node)
+    if content is None:
+        tools.run(f"mkfs.{fstype}", "-q", node, error=UseFailed)
+    tools.run("mount", "-t", fstype, "-o", "discard", node, os.fspath(directory), error=UseFailed)
+
+
+def release(node: str) -> None:
+    """Stop every use of the node; UseFailed names what holds on. Unused: nothing."""
+    in_use = users(node)
+    if not in_use:
+        return
+    tools.need_root(f"releasing {node}")
+    nbd.cut_if_dead(node)
+    for user in reversed(in_use):
+        if user.kind == "holder":
+            raise UseFailed(
+                f"{node} is held by {user.where}", hint=f"take /dev/{user.where} down first"
+            )
+        if user.kind == "swap":
+            tools.run("swapoff", node, error=UseFailed)
+        else:
+            _umount(user.where)
+
+
+def _umount(target: str) -> None:
+    try:
+        tools.run("umount", target, error=UseFailed)
+    except UseFailed as error:
+        busy = ", ".join(processes_in(target))
+        if not busy:
+            raise
+        raise UseFailed(
+            f"{target} is in use by {busy}", hint="end these, then try again"
+        ) from error
+
+
+def _content(node: str) -> str | None:
+    """What the node holds, by its signature: a file system's type, "swap", "dos"; None: nothing."""
+    # 2: no signature. (8, several that contradict each other, is an error here.)
+    found = tools.run(
+        *("blkid", "--probe", "--output", "export", node), error=UseFailed, accept=(0, 2)
+    )
+    values = dict(line.split("=", 1) for line in found.splitlines() if "=" in line)
+    return values.get("TYPE", values.get("PTTYPE"))
+
+
+def _refuse_use(node: str, in_use: list[User]) -> None:
+    if in_use:
+        raise UseFailed(
+            f"{node} is in use already: {', '.join(map(str, in_use))}",
+            hint="`zramd down` stops that use",
+        )
+
+
+def _occupied(node: str) -> UseFailed:
+    return UseFailed(
+        f"{node} holds {_content(node)} already, and it stays",
+        hint=f"reset the device, or `wipefs -a {node}`, if nobody needs that",
+    )
