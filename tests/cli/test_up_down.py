@@ -1,0 +1,336 @@
+"""`zramd up` and `zramd down`, `attach` and `detach`, against this machine's kernel.
+
+Through the loop way, which a machine without nbd.ko has too; tests/kernel runs nbd in a kernel of
+its own. Swap is left to that one as well: this machine's memory is not ours to swap.
+"""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import alive, wait_for
+from tests.conftest import require
+from zramd.cli import main
+from zramd.cli.down import stop
+from zramd.control.server import ControlThread
+from zramd.device import Zram
+from zramd.service.runtime import claim
+
+VIA = ("--disksize=64M", "--via=loop")
+
+
+@pytest.fixture
+def kernel():
+    require.root()
+    require.path("/dev/fuse")
+    require.path("/dev/loop-control")
+    for program in ("nbdfuse", "losetup", "mkfs.ext4"):
+        require.program(program)
+
+
+@pytest.fixture
+def mountpoint(tmp_path):
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    yield directory
+    while os.path.ismount(directory):
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def server_of(zramd, name: str) -> int:
+    return int((zramd.runtime / name / "lock").read_text())
+
+
+def nothing_stands(zramd) -> None:
+    """No file, mount or loop device of ours."""
+    assert zramd.left() == []
+    assert str(zramd.runtime) not in Path("/proc/self/mountinfo").read_text()
+    backing = [p.read_text() for p in Path("/sys/block").glob("loop*/loop/backing_file")]
+    assert str(zramd.runtime) not in "".join(backing)
+
+
+def test_up_prints_the_node_and_nothing_else_and_says_which_way_it_took(zramd, kernel):
+    done = zramd.run("up", "zram0", *VIA)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == zramd.devices()["zram0"]["device"] + "\n"
+    assert Path(done.stdout.strip()).is_block_device()
+    assert "zram0 (64M, lz4) is served on " in done.stderr
+    assert "zram0 is attached through loop" in done.stderr
+
+
+def test_down_undoes_up_and_leaves_nothing(zramd, kernel):
+    zramd.ok("up", "zram0", *VIA)
+    server = server_of(zramd, "zram0")
+    assert zramd.ok("down", "zram0") == ""
+    wait_for(lambda: not alive(server))
+    nothing_stands(zramd)
+    assert "zram0" in zramd.fails(20, "down", "zram0")
+
+
+def test_up_mounts_and_list_says_where_and_down_unmounts(zramd, kernel, mountpoint):
+    node = zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint)).strip()
+    (mountpoint / "file").write_bytes(os.urandom(100_000))
+    subprocess.run(["sync", "-f", mountpoint], check=True)
+    told = zramd.devices()["zram0"]
+    assert (told["device"], told["mountpoint"]) == (node, str(mountpoint))
+    assert told["clients"] >= 1
+    assert told["data"] > 100_000
+    zramd.ok("down", "zram0")
+    assert not os.path.ismount(mountpoint)
+    nothing_stands(zramd)
+
+
+def test_the_same_up_twice_changes_nothing(zramd, kernel, mountpoint):
+    up = ("up", "zram0", *VIA, "--mount", str(mountpoint))
+    node = zramd.ok(*up)
+    (mountpoint / "file").write_text("kept")
+    server = server_of(zramd, "zram0")
+    done = zramd.run(*up)
+    assert (done.returncode, done.stdout) == (0, node)
+    assert "served already" in done.stderr
+    assert (mountpoint / "file").read_text() == "kept"
+    assert server_of(zramd, "zram0") == server
+
+
+def test_up_takes_a_served_device_on_from_where_it_stands(zramd, kernel):
+    server = zramd.serve("zram0", "--disksize=64M")
+    zramd.ok("up", "zram0", *VIA)
+    assert server_of(zramd, "zram0") == server.pid
+
+
+def test_what_cannot_be_unmounted_stays_up_altogether(zramd, kernel, mountpoint):
+    zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
+    before = zramd.devices()["zram0"]
+    with (mountpoint / "file").open("w") as busy:
+        said = zramd.fails(43, "down", "zram0")
+        assert f"pid {os.getpid()}" in said
+        busy.write("still there")
+    after = zramd.devices()["zram0"]
+    for what in ("state", "device", "mountpoint", "disksize", "clients"):
+        assert after[what] == before[what]
+    zramd.ok("down", "zram0")
+
+
+def test_a_step_that_fails_undoes_those_before_it(zramd, kernel, tmp_path):
+    said = zramd.run("up", "zram0", *VIA, "--mount", str(tmp_path / "nowhere"))
+    assert said.returncode == 2
+    assert "nowhere is not a directory" in said.stderr
+    assert said.stdout == ""
+    nothing_stands(zramd)
+
+
+def test_a_step_that_fails_leaves_what_was_up_before(zramd, kernel, tmp_path):
+    zramd.ok("up", "zram0", *VIA)
+    before = zramd.devices()
+    assert zramd.run("up", "zram0", *VIA, "--mount", str(tmp_path / "nowhere")).returncode == 2
+    assert zramd.devices() == before
+
+
+def test_a_step_that_fails_undoes_what_took_the_place_of_a_dead_attachment(zramd, kernel, tmp_path):
+    zramd.ok("up", "zram0", *VIA)
+    zramd.kill("zram0")
+    assert zramd.run("up", "zram0", *VIA, "--mount", str(tmp_path / "nowhere")).returncode == 2
+    nothing_stands(zramd)
+
+
+def test_without_nbd_a_forced_nbd_is_told_and_nothing_is_left(zramd, kernel):
+    if Path("/sys/module/nbd").exists():
+        pytest.skip("this kernel has nbd")
+    done = zramd.run("up", "zram0", "--disksize=64M", "--via=nbd")
+    assert done.returncode == 41
+    assert "nbd" in done.stderr
+    nothing_stands(zramd)
+
+
+def test_a_server_that_fails_in_the_background_is_heard_as_if_in_the_foreground(zramd):
+    in_front = zramd.fails(2, "serve", "zram0", "--disksize=1M", "--listen=unix:/no/such/dir/s")
+    behind = zramd.fails(2, "up", "zram0", "--disksize=1M", "--listen=unix:/no/such/dir/s")
+    assert behind == in_front
+    assert zramd.left() == []
+
+
+def test_the_server_in_the_background_outlives_up_and_has_a_session_and_a_log(zramd, kernel):
+    zramd.ok("up", "zram0", *VIA)
+    server = server_of(zramd, "zram0")
+    assert os.getsid(server) == server
+    assert os.readlink(f"/proc/{server}/cwd") == "/"
+    assert os.readlink(f"/proc/{server}/fd/0") == "/dev/null"
+    log = str(zramd.runtime / "zram0" / "log")
+    assert [os.readlink(f"/proc/{server}/fd/{n}") for n in (1, 2)] == [log, log]
+    assert "zram0 (64M, lz4) is served on " in Path(log).read_text()
+
+
+def test_a_relative_socket_is_where_up_was_called_though_the_server_goes_elsewhere(
+    zramd, kernel, tmp_path
+):
+    done = zramd.run("up", "zram0", *VIA, "--listen=unix:mine.sock", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine.sock").is_socket()
+    zramd.ok("down", "zram0")
+    assert not (tmp_path / "mine.sock").exists()
+
+
+def test_modules_that_lie_in_wait_where_up_is_called_are_not_loaded(zramd, kernel, tmp_path):
+    (tmp_path / "asyncio.py").write_text("raise SystemExit('taken over')")
+    command = zramd.argv("up", "zram0", *VIA)
+    command.insert(1, "-P")
+    done = subprocess.run(
+        command, env=zramd.environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_attach_prints_the_node_and_a_second_one_prints_it_again(zramd, kernel):
+    zramd.serve("zram0", "--disksize=64M")
+    done = zramd.run("attach", "zram0", "--via=loop")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "zramd: zram0 is attached through loop\n"
+    assert Path(done.stdout.removesuffix("\n")).is_block_device()
+    assert zramd.ok("attach", "zram0") == done.stdout
+
+
+def test_detach_takes_the_node_away_and_the_pages_stay(zramd, kernel, mountpoint):
+    zramd.serve("zram0", "--disksize=64M")
+    zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
+    (mountpoint / "file").write_text("kept")
+    assert "in use" in zramd.fails(30, "detach", "zram0")
+    subprocess.run(["umount", mountpoint], check=True)
+    assert zramd.ok("detach", "zram0") == ""
+    assert zramd.devices()["zram0"]["device"] is None
+    zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
+    assert (mountpoint / "file").read_text() == "kept"
+    zramd.ok("down", "zram0")
+
+
+def test_a_reset_is_refused_while_attached(zramd, kernel):
+    zramd.ok("up", "zram0", *VIA)
+    zramd.fails(30, "reset", "zram0")
+    zramd.ok("detach", "zram0")
+    wait_for(lambda: zramd.devices()["zram0"]["clients"] == 0)
+    zramd.ok("reset", "zram0")
+
+
+def test_down_with_another_client_connected_names_it_and_drops_nothing(zramd):
+    zramd.serve("zram0")
+    with zramd.connect("zram0"):
+        said = zramd.fails(30, "down", "zram0")
+        assert "connection" in said
+        assert "zramd reset zram0 --force" in said
+        assert zramd.devices()["zram0"]["state"] == "serving"
+    wait_for(lambda: zramd.devices()["zram0"]["clients"] == 0)
+    zramd.ok("down", "zram0")
+    assert zramd.left() == []
+
+
+def test_stopping_waits_for_a_client_that_is_about_to_leave(zramd, monkeypatch):
+    monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(zramd.runtime))
+    zram = Zram("zram0")
+    zram.init(1 << 20)
+    leaving = zram.open("the kernel, detached a moment ago")
+    held = claim("zram0")
+    control = ControlThread(zram, held.paths.control_socket, held.release)
+    control.start()
+    reset = zram.reset
+
+    def reset_and_leave(*, force=False):
+        try:
+            reset(force=force)
+        finally:
+            leaving.close()
+
+    monkeypatch.setattr(zram, "reset", reset_and_leave)
+    stop("zram0", leave_s=60)
+    control.close()
+    assert zramd.left() == []
+
+
+def test_down_clears_a_server_that_was_killed(zramd):
+    zramd.serve("zram0")
+    zramd.kill("zram0")
+    zramd.ok("down", "zram0")
+    assert zramd.left() == []
+
+
+def test_down_clears_a_mounted_device_whose_server_was_killed(zramd, kernel, mountpoint):
+    zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
+    zramd.kill("zram0")
+    assert zramd.devices()["zram0"]["state"] == "dead"
+    zramd.ok("down", "zram0")
+    assert not os.path.ismount(mountpoint)
+    nothing_stands(zramd)
+
+
+def test_down_clears_a_mounted_device_whose_nbdfuse_was_killed(zramd, kernel, mountpoint):
+    zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
+    socket = str(zramd.runtime / "zram0" / "nbd.sock")
+    [nbdfuse] = [
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if (process / "comm").read_text() == "nbdfuse\n"
+        and socket in (process / "cmdline").read_text()
+    ]
+    os.kill(nbdfuse, signal.SIGKILL)
+    wait_for(lambda: not alive(nbdfuse))
+    zramd.ok("down", "zram0")
+    assert not os.path.ismount(mountpoint)
+    nothing_stands(zramd)
+
+
+def test_down_clears_a_mounted_device_whose_server_was_told_to_end(zramd, kernel, mountpoint):
+    zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
+    server = server_of(zramd, "zram0")
+    os.kill(server, signal.SIGTERM)
+    wait_for(lambda: not alive(server))
+    assert zramd.devices()["zram0"]["state"] == "dead"
+    zramd.ok("down", "zram0")
+    nothing_stands(zramd)
+
+
+def test_down_leaves_a_server_that_does_not_answer_as_it_is(zramd, monkeypatch, capsys):
+    monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(zramd.runtime))
+    monkeypatch.setattr("zramd.control.client.ANSWER_S", 0.05)
+    server = zramd.serve("zram0")
+    server.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["down", "zram0"])
+        assert ended.value.code == 22
+        assert "does not answer" in capsys.readouterr().err
+    finally:
+        server.send_signal(signal.SIGCONT)
+    assert zramd.devices()["zram0"]["state"] == "serving"
+
+
+def test_up_after_a_kill_starts_anew(zramd, kernel):
+    zramd.ok("up", "zram0", *VIA)
+    zramd.kill("zram0")
+    zramd.ok("up", "zram0", *VIA)
+    assert zramd.devices()["zram0"]["state"] == "serving"
+    zramd.ok("down", "zram0")
+    nothing_stands(zramd)
+
+
+@pytest.mark.parametrize("sign", ["lock", "control", "log", "loop"])
+def test_up_that_is_interrupted_leaves_all_or_nothing(zramd, kernel, sign):
+    up = zramd.start("up", "zram0", *VIA, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (zramd.runtime / "zram0" / sign).exists())
+    up.send_signal(signal.SIGINT)
+    if up.wait(60) == 0:
+        assert zramd.devices()["zram0"]["device"]
+    else:
+        assert up.returncode == 130
+        nothing_stands(zramd)
+
+
+@pytest.mark.parametrize("sign", ["lock", "control", "log", "loop"])
+def test_down_clears_an_up_that_was_killed(zramd, kernel, sign):
+    up = zramd.start("up", "zram0", *VIA, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (zramd.runtime / "zram0" / sign).exists())
+    up.kill()
+    up.wait(60)
+    # The server that it had started comes to its readiness by itself, or ends for want of a reader.
+    wait_for(lambda: zramd.run("down", "zram0").returncode == 0 or zramd.left() == [])
+    nothing_stands(zramd)

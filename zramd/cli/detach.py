@@ -1,0 +1,23 @@
+"""zramd detach: take the block device node away; the device goes on being served."""
+
+import click
+
+from zramd.cli.options import name_argument, talk
+from zramd.errors import NoServer
+from zramd.kernel import attach
+from zramd.service.runtime import Paths
+
+
+@click.command()
+@name_argument
+def command(name: str) -> None:
+    """Detach the device NAME. Refused while its node is in use; its pages stay.
+
+    What a killed server or a killed attachment has left is cleared too.
+    """
+    attachment = attach.attached(name)
+    if attachment is None and not Paths(name).dir.exists():
+        raise NoServer(f"there is no device {name}", hint="`zramd list` shows what there is")
+    attach.detach(name)
+    if attachment is None:
+        talk(f"{name} was not attached")
