@@ -1,0 +1,290 @@
+"""zramd as an nbdkit plugin: a thin translation of nbdkit's callbacks into calls of one Zram.
+
+    nbdkit -U /run/zramd/zram0/nbd.sock python ./nbd_plugin.py name=zram0 disksize=1G \\
+           [algorithm=zstd] [mem_limit=300M]
+
+nbdkit's Python plugin embeds one interpreter, the distribution's, and knows of no virtual
+environment. So before anything of zramd is imported this file looks for its packages where it
+stands (a checkout), and in the environment of $VIRTUAL_ENV or in `.venv` beside it, as far as that
+is of the same Python minor version.
+
+The control socket is that of `zramd serve`, so every verb works on a device that nbdkit carries.
+With `-U` as above, `zramd attach` finds the device too. A forced reset cannot end nbdkit's
+connections: they stay, and answer EIO.
+"""
+
+import os
+import site
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import nbdkit
+
+API_VERSION = 2
+
+
+def _find_packages(here: Path) -> None:
+    """Put zramd and what it depends on on sys.path, or say which interpreter wants what."""
+    if (here / "zramd").is_dir():
+        sys.path.insert(0, str(here))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    foreign = ""
+    for environment in (os.environ.get("VIRTUAL_ENV"), here / ".venv"):
+        if environment is None or not Path(environment, "pyvenv.cfg").is_file():
+            continue
+        packages = Path(environment, "lib", f"python{version}", "site-packages")
+        if packages.is_dir():
+            site.addsitedir(str(packages))
+        else:
+            foreign += f"; {environment} is for another version"
+    try:
+        import zramd.control.server
+        import zramd.device  # noqa: F401
+    except ImportError as missing:
+        # No class of zramd's own can be had here, and a traceback would bury the message.
+        sys.exit(
+            f"nbdkit embeds Python {version}, and zramd cannot be imported there:"
+            f" {missing}{foreign}\n"
+            f"hint: make an environment for that version: python{version} -m venv {here}/.venv"
+            f" && {here}/.venv/bin/pip install {here}"
+        )
+
+
+_find_packages(Path(__file__).resolve().parent)
+
+from zramd import __version__, sizes  # noqa: E402 - only now can it be found
+from zramd.control.server import ControlThread  # noqa: E402
+from zramd.device import Zram  # noqa: E402
+from zramd.errors import BadValue, ZramdError  # noqa: E402
+from zramd.opener import Opener  # noqa: E402
+from zramd.service.runtime import Claim, check_name, claim  # noqa: E402
+from zramd.store import PAGE  # noqa: E402
+from zramd.store.zcomp import NAMES  # noqa: E402
+
+_MAX_PAYLOAD = 32 << 20
+
+_format_exception = traceback.format_exception
+
+
+def _format_briefly(*args, **kwargs):  # type: ignore[no-untyped-def]
+    """nbdkit logs an exception through traceback.format_exception. Ours are said in one line: it
+    is all the user needs, and a full store would else format a thousand tracebacks a second."""
+    error = next((arg for arg in args if isinstance(arg, ZramdError)), None)
+    if error is None:
+        return _format_exception(*args, **kwargs)
+    return [f"{error}; {error.hint}" if error.hint else str(error)]
+
+
+traceback.format_exception = _format_briefly
+
+
+class _Plugin:
+    """What the callbacks share: the parameters, then the device, its name's claim, its control."""
+
+    given: dict[str, str]
+    zram: Zram
+    claim: Claim
+    control: ControlThread
+
+
+_plugin = _Plugin()
+_plugin.given = {}
+_PARAMETERS = ("name", "disksize", "algorithm", "mem_limit")
+
+
+# Life of the process, in the order in which nbdkit calls
+
+
+def config(key: str, value: str) -> None:
+    if key not in _PARAMETERS:
+        raise BadValue(
+            f"there is no parameter {key!r}", hint=f"the parameters are {', '.join(_PARAMETERS)}"
+        )
+    _plugin.given[key] = value
+
+
+def config_complete() -> None:
+    given = _plugin.given
+    for needed in ("name", "disksize"):
+        if needed not in given:
+            raise BadValue(f"the parameter {needed} is missing", hint="name=zram0 disksize=1G")
+    zram = _plugin.zram = Zram(check_name(given["name"]))
+    if "algorithm" in given:
+        zram.set("comp_algorithm", given["algorithm"])
+    if "mem_limit" in given:
+        zram.set("mem_limit", given["mem_limit"])
+    sizes.parse(given["disksize"])  # what is wrong with it is said here, init comes later
+
+
+def thread_model() -> int:
+    # Measured: nbdkit's sixteen threads on one connection pass the GIL round more than they work.
+    return int(nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS)
+
+
+def get_ready() -> None:
+    """Before the socket is bound and before the fork: errors still reach the terminal."""
+    zram = _plugin.zram
+    _plugin.claim = claim(zram.name)
+    (_plugin.claim.paths.nbd_socket).unlink(missing_ok=True)
+    try:
+        zram.set("disksize", _plugin.given["disksize"])
+    except BaseException:
+        _plugin.claim.release()
+        raise
+
+
+def after_fork() -> None:
+    """Threads made before the fork would not survive it."""
+    _plugin.claim.adopt()
+    path = _plugin.claim.paths.control_socket
+    _plugin.control = ControlThread(_plugin.zram, path, nbdkit.shutdown)
+    _plugin.control.start()
+
+
+def cleanup() -> None:
+    """After the last connection has ended."""
+    if hasattr(_plugin, "control"):
+        _plugin.control.close()
+    if hasattr(_plugin, "claim"):
+        _plugin.zram.close()
+        _plugin.claim.release()
+
+
+def dump_plugin() -> None:
+    print(f"zramd_version={__version__}")
+    print(f"zramd_algorithms={' '.join(NAMES)}")
+    print(f"zramd_python={sys.version.split()[0]}")
+
+
+# Exports and connections
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:
+    return _plugin.zram.name
+
+
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    zram = _plugin.zram
+    return [(zram.name, f"zramd, {sizes.human(zram.disksize)}, {zram.statistics().algorithm}")]
+
+
+def open(readonly: bool) -> Opener:
+    name = nbdkit.export_name()
+    if name not in ("", _plugin.zram.name):
+        _fail(BadValue(f"there is no export {name!r}", hint=f"ask for {_plugin.zram.name}"))
+    try:
+        return _plugin.zram.open("nbdkit connection")
+    except ZramdError as error:
+        _fail(error)
+
+
+def close(opener: Opener) -> None:
+    opener.close()
+
+
+def get_size(opener: Opener) -> int:
+    return opener.size
+
+
+def block_size(opener: Opener) -> tuple[int, int, int]:
+    return (1, PAGE, _MAX_PAYLOAD)
+
+
+def can_write(opener: Opener) -> bool:
+    return True
+
+
+def can_flush(opener: Opener) -> bool:
+    return True
+
+
+def can_trim(opener: Opener) -> bool:
+    return True
+
+
+def can_zero(opener: Opener) -> bool:
+    return True
+
+
+def can_fast_zero(opener: Opener) -> bool:
+    return True
+
+
+def can_extents(opener: Opener) -> bool:
+    return True
+
+
+def can_multi_conn(opener: Opener) -> bool:
+    # A completed write is in the store that all connections share.
+    return True
+
+
+def is_rotational(opener: Opener) -> bool:
+    return False
+
+
+def can_fua(opener: Opener) -> int:
+    return int(nbdkit.FUA_NATIVE)
+
+
+def can_cache(opener: Opener) -> int:
+    return int(nbdkit.CACHE_NATIVE)
+
+
+# I/O. FUA needs nothing: a write that has returned is as safe as RAM gets.
+
+
+def pread(opener: Opener, buf: memoryview, offset: int, flags: int) -> None:
+    try:
+        buf[:] = opener.read(offset, len(buf))
+    except ZramdError as error:
+        _fail(error)
+
+
+def pwrite(opener: Opener, buf: memoryview, offset: int, flags: int) -> None:
+    try:
+        opener.write(offset, buf)
+    except ZramdError as error:
+        _fail(error)
+
+
+def flush(opener: Opener, flags: int) -> None:
+    pass
+
+
+def trim(opener: Opener, count: int, offset: int, flags: int) -> None:
+    try:
+        opener.discard(offset, count)
+    except ZramdError as error:
+        _fail(error)
+
+
+def zero(opener: Opener, count: int, offset: int, flags: int) -> None:
+    try:
+        opener.zero(offset, count)
+    except ZramdError as error:
+        _fail(error)
+
+
+def cache(opener: Opener, count: int, offset: int, flags: int) -> None:
+    pass  # it is all in RAM
+
+
+def extents(opener: Opener, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
+    hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
+    found = []
+    try:
+        for size, is_hole in opener.extents(offset, count):
+            found.append((offset, size, hole if is_hole else 0))
+            offset += size
+    except ZramdError as error:
+        _fail(error)
+    return found
+
+
+def _fail(error: ZramdError) -> NoReturn:
+    """Answer with the error's own errno; nbdkit makes EIO of an exception alone."""
+    nbdkit.set_error(error.errno)
+    raise error
