@@ -119,8 +119,9 @@ def config_complete() -> None:
 
 
 def thread_model() -> int:
-    # Measured: nbdkit's sixteen threads on one connection pass the GIL round more than they work.
-    return int(nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS)
+    # Measured, docs/performance.md: threads that hold the GIL for most of a request spend more on
+    # passing it round than they gain; then nbdkit needs no workers either, whatever -t says.
+    return int(nbdkit.THREAD_MODEL_SERIALIZE_ALL_REQUESTS)
 
 
 def get_ready() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import places
+
 
 class require:
     """Say what a test needs. Missing: skipped with its reason, but failed where CI=true."""
@@ -32,3 +34,8 @@ class require:
     def path(path: str) -> Path:
         require.that(Path(path).exists(), f"{path} is not there")
         return Path(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _swept() -> None:
+    places.sweep()

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 
+from tests import places
 from tests.conftest import require
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,22 +80,20 @@ def nbdkit(directory: Path) -> Served:
 
 
 @pytest.fixture(params=["zramd", "nbdkit"])
-def server(request, tmp_path):
-    directory = tmp_path / "run"
-    directory.mkdir(mode=0o700)
-    served = (zramd_serve if request.param == "zramd" else nbdkit)(directory)
-    yield served
-    served.close()
+def server(request):
+    with places.place(places.RUNTIME) as directory:
+        served = (zramd_serve if request.param == "zramd" else nbdkit)(directory)
+        yield served
+        served.close()
 
 
 @pytest.fixture
-def our_server(tmp_path):
+def our_server():
     """Ours alone, on TCP too."""
-    directory = tmp_path / "run"
-    directory.mkdir(mode=0o700)
-    served = zramd_serve(directory, free_port())
-    yield served
-    served.close()
+    with places.place(places.RUNTIME) as directory:
+        served = zramd_serve(directory, free_port())
+        yield served
+        served.close()
 
 
 def run(program: str, *arguments: str, status: int = 0) -> str:

@@ -7,11 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+
+from tests import places
 
 DEADLINE_S = 60
 
@@ -146,7 +147,7 @@ def wait_for(fact) -> None:
 
 @pytest.fixture
 def zramd():
-    with tempfile.TemporaryDirectory(prefix="z") as runtime:
-        zramd = Zramd(Path(runtime))
+    with places.place(places.RUNTIME) as runtime:
+        zramd = Zramd(runtime)
         yield zramd
         zramd.close()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import places
 from tests.conftest import require
-from tests.kernel import places, servers
+from tests.kernel import servers
 from tests.kernel.killing import killed_at_each_line
 from tests.kernel.servers import SERVERS, zramd
 from tests.kernel.trees import contents, copy_tree
@@ -23,7 +24,6 @@ from zramd.errors import DeviceBusy, NoServer, UseFailed
 from zramd.kernel import attach, use
 from zramd.service.runtime import Paths
 
-PREFIX = "zramd-loop-"
 MIB = 1 << 20
 
 
@@ -71,17 +71,12 @@ def _prepared() -> None:
         require.path(path)
     for program in ("nbdfuse", "losetup", "mkfs.ext4", "fstrim", "nbdkit"):
         require.program(program)
-    for left in places.abandoned(PREFIX):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("ZRAMD_RUNTIME_DIR", str(left / "run"))
-            for device in (left / "run").glob("*"):
-                zramd("down", device.name)
 
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory for this test's device (run) and its mount (mnt)."""
-    with places.place(PREFIX) as path:
+    with places.place(places.RUNTIME) as path:
         (path / "run").mkdir()
         (path / "mnt").mkdir()
         monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(path / "run"))

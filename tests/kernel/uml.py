@@ -25,8 +25,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import places
 from tests.conftest import require
-from tests.kernel import places
 from tests.kernel.servers import wait_for
 
 MODULES = Path("/usr/lib/uml/modules")

@@ -3,13 +3,12 @@
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
+from tests import places
 from zramd.errors import ServerFailed
 from zramd.service import background
 
@@ -19,9 +18,9 @@ CLAIM = "import os, sys, time\nfrom zramd.service.runtime import claim\nheld = c
 @pytest.fixture
 def home(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
-    with tempfile.TemporaryDirectory(prefix="z") as directory:
-        monkeypatch.setenv("ZRAMD_RUNTIME_DIR", directory)
-        yield Path(directory)
+    with places.place(places.RUNTIME) as directory:
+        monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(directory))
+        yield directory
 
 
 @pytest.fixture

@@ -1,0 +1,227 @@
+"""What is the plugin's own under nbdkit: parameters, interpreters, errors, its place and its end.
+
+What it shares with `zramd serve` is in test_clients.py and tests/kernel.
+"""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import places
+from tests.conftest import require
+from tests.kernel.servers import wait_for
+
+ROOT = Path(__file__).parents[1]
+PLUGIN = ROOT / "nbd_plugin.py"
+DEADLINE_S = 60
+
+
+class Nbdkit:
+    """nbdkit with our plugin, in a runtime directory of its own."""
+
+    def __init__(self, runtime: Path) -> None:
+        self.runtime = runtime
+        self.program = require.program("nbdkit")
+        self.socket = runtime / "zram0" / "nbd.sock"
+        self.environment = {
+            **os.environ,
+            "ZRAMD_RUNTIME_DIR": str(runtime),
+            "VIRTUAL_ENV": sys.prefix,
+            "PYTHONPATH": "",
+        }
+
+    def run(self, *words: str, **more) -> subprocess.CompletedProcess[str]:
+        """nbdkit to its end, which must come by itself."""
+        return subprocess.run(
+            [self.program, "-U", str(self.socket), *words],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+            **more,
+        )
+
+    def fails(self, *parameters: str) -> str:
+        """What it says, in one line, of parameters that it must refuse."""
+        done = self.run("-f", "python", str(PLUGIN), *parameters)
+        assert done.returncode == 1
+        assert list(self.runtime.iterdir()) == []
+        (line,) = done.stderr.splitlines()
+        return line
+
+    def zramd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "zramd.cli", *arguments]
+        return subprocess.run(
+            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    def libnbd(self, script: str) -> str:
+        """What a script says with python3-libnbd in the distribution's Python; `h` is connected."""
+        require.path("/usr/lib/python3/dist-packages/nbd.py")
+        head = f"import nbd\nh = nbd.NBD()\nh.connect_unix({str(self.socket)!r})\n"
+        done = subprocess.run(
+            ["/usr/bin/python3", "-c", head + script], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def nbdkit():
+    with places.place(places.RUNTIME) as runtime:
+        yield Nbdkit(runtime)
+
+
+@pytest.fixture
+def serving(nbdkit):
+    """In the background, as a user would start it."""
+    started = nbdkit.run("python", str(PLUGIN), "name=zram0", "disksize=16M", "mem_limit=1M")
+    assert (started.returncode, started.stderr) == (0, "")
+    process = int((nbdkit.runtime / "zram0" / "lock").read_text())
+    wait_for((nbdkit.runtime / "zram0" / "control").is_socket, "the control socket")
+    yield nbdkit
+    nbdkit.zramd("reset", "--force", "zram0")
+    try:
+        os.kill(process, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+    wait_for(lambda: not Path(f"/proc/{process}").exists(), "nbdkit to end")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "culprit"),
+    [
+        ([], "parameter name is missing"),
+        (["name=zram0"], "parameter disksize is missing"),
+        (["name=../zram0", "disksize=1M"], "'../zram0' is not a device name"),
+        (["name=zram0", "disksize=lots"], "'lots' is not a size"),
+        (["name=zram0", "disksize=0"], "disksize of 0 is senseless"),
+        (["name=zram0", "disksize=1000T"], "disksize of 1000T is too large"),
+        (["name=zram0", "disksize=1M", "algorithm=lzo"], "no algorithm 'lzo'"),
+        (["name=zram0", "disksize=1M", "algorithm=zstd(level=99)"], "zstd has no level 99"),
+        (["name=zram0", "disksize=1M", "mem_limit=some"], "'some' is not a size"),
+        (["name=zram0", "size=1M"], "there is no parameter 'size'"),
+    ],
+)
+def test_a_wrong_parameter_is_told_in_one_line_and_leaves_nothing(nbdkit, parameters, culprit):
+    assert culprit in nbdkit.fails(*parameters)
+
+
+def test_the_name_of_a_live_server_is_refused_and_that_server_goes_on(serving):
+    again = serving.run("-f", "python", str(PLUGIN), "name=zram0", "disksize=1M")
+    assert again.returncode == 1
+    assert "a server for zram0 is running already" in again.stderr
+    assert serving.zramd("get", "zram0", "disksize").stdout == f"{16 << 20}\n"
+    assert serving.libnbd("print(h.get_size())") == f"{16 << 20}\n"
+
+
+def test_an_environment_for_another_python_is_told_with_the_interpreter_that_nbdkit_embeds(
+    nbdkit, tmp_path
+):
+    alone = tmp_path / "nbd_plugin.py"
+    alone.write_text(PLUGIN.read_text())
+    (tmp_path / ".venv" / "lib" / "python2.7" / "site-packages").mkdir(parents=True)
+    (tmp_path / ".venv" / "pyvenv.cfg").touch()
+    nbdkit.environment.pop("VIRTUAL_ENV")
+    done = nbdkit.run("-f", "python", str(alone), "name=zram0", "disksize=1M", cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.match(r"nbdkit embeds Python 3\.\d+, and zramd cannot be imported", done.stderr)
+    assert f"{tmp_path}/.venv is for another version" in done.stderr
+    assert "hint: make an environment" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dump_plugin_tells_version_algorithms_and_python(nbdkit):
+    done = nbdkit.run("--dump-plugin", "python", str(PLUGIN))
+    assert "zramd_version=" in done.stdout
+    assert "zramd_algorithms=lz4 lz4hc zstd deflate" in done.stdout
+    assert re.search(r"^zramd_python=3\.", done.stdout, re.MULTILINE)
+
+
+def test_a_full_store_is_enospc_and_a_reset_one_is_eio(serving):
+    script = """
+import os, subprocess
+h.pwrite(b"kept" * 1024, 0)
+try:
+    h.pwrite(os.urandom(8 << 20), 1 << 20)
+except nbd.Error as error:
+    print(error.errnum)
+print(h.pread(4096, 0) == b"kept" * 1024)
+"""
+    assert serving.libnbd(script) == f"{errno.ENOSPC}\nTrue\n"
+    reset = [sys.executable, "-m", "zramd.cli", "reset", "--force", "zram0"]
+    script = f"""
+import subprocess
+h.pwrite(b"old!" * 1024, 0)
+environment = {serving.environment!r}
+assert subprocess.run({reset!r}, env=environment, cwd={str(ROOT)!r}).returncode == 0
+reinit = {[*reset[:3], "set", "zram0", "disksize", "32M"]!r}
+assert subprocess.run(reinit, env=environment, cwd={str(ROOT)!r}).returncode == 0
+for act in (lambda: h.pread(4096, 0), lambda: h.pwrite(bytes(4096), 0), lambda: h.trim(4096, 0)):
+    try:
+        act()
+    except nbd.Error as error:
+        print(error.errnum)
+"""
+    assert serving.libnbd(script) == f"{errno.EIO}\n" * 3
+    assert serving.libnbd("print(h.get_size(), h.pread(2, 0).hex())") == f"{32 << 20} 0000\n"
+
+
+def test_a_strange_export_is_refused(serving):
+    done = subprocess.run(
+        [require.program("nbdinfo"), f"nbd+unix:///strange?socket={serving.socket}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "listen" not in done.stderr
+
+
+def test_holes_are_told_as_they_are(serving):
+    serving.libnbd("h.pwrite(b'data' * 1024, 8192)\nh.pwrite(bytes(4096), 65536)")
+    uri = f"nbd+unix:///?socket={serving.socket}"
+    done = subprocess.run(
+        [require.program("nbdinfo"), "--map", "--json", uri], capture_output=True, check=True
+    )
+    found = [(e["offset"], e["length"], e["type"]) for e in json.loads(done.stdout)]
+    assert found == [
+        (0, 8192, 3),
+        (8192, 4096, 0),
+        (12288, 53248, 3),
+        (65536, 4096, 0),
+        (69632, (16 << 20) - 69632, 3),
+    ]
+
+
+def test_down_ends_it_and_leaves_nothing(serving):
+    process = int((serving.runtime / "zram0" / "lock").read_text())
+    assert serving.zramd("down", "zram0").returncode == 0
+    wait_for(lambda: not Path(f"/proc/{process}").exists(), "nbdkit to end")
+    assert list(serving.runtime.iterdir()) == []
+
+
+def test_sigterm_ends_it_and_leaves_nothing(serving):
+    process = int((serving.runtime / "zram0" / "lock").read_text())
+    os.kill(process, signal.SIGTERM)
+    wait_for(lambda: not Path(f"/proc/{process}").exists(), "nbdkit to end")
+    assert list(serving.runtime.iterdir()) == []
+
+
+def test_after_a_kill_the_same_command_starts_it_again(serving):
+    process = int((serving.runtime / "zram0" / "lock").read_text())
+    os.kill(process, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{process}").exists(), "nbdkit to end")
+    again = serving.run(
+        *("-f", "python", str(PLUGIN), "name=zram0", "disksize=1M"),
+        *("--run", "nbdinfo --size $uri"),
+    )
+    assert again.stdout == f"{1 << 20}\n", again.stderr
