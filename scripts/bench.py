@@ -4,9 +4,10 @@ Shared machines are noisy, so nothing is quoted alone: what is compared runs alt
 round, each round gives one ratio, and the table shows their median, minimum and maximum.
 
 The corpus is half executables and libraries, and half the private memory of running programs, read
-from /proc (of the user's own processes where we are not root); what is missing of the second is
-made up by the first, and the shares are told. The clients' data is the corpus too: devices are
-filled with it before they are read, and fio writes buffers that compress as well as it does.
+from /proc: of a type checker that has just checked zramd, and of whatever else runs that we may
+read. What is missing of the second half is made up by the first, and the shares are told. The
+clients' data is the corpus too: devices are filled with it before they are read, and fio writes
+buffers that compress as well as it does.
 
 fio's client runs on the last CPU and the server under test on the first, where there are two.
 """
@@ -70,11 +71,27 @@ def table(results: dict[str, Any]) -> str:
 
 def make_corpus(size: int) -> tuple[bytes, str]:
     """`size` bytes of this machine's real data, and what it consists of."""
-    memory = take(size // 2, memory_of_programs())
+    with type_checker():
+        memory = take(size // 2, memory_of_programs())
     files = take(size - len(memory), executables())
     corpus = memory + files
     share = 100 * len(memory) // len(corpus)
     return corpus, f"{share} % memory of running programs, {100 - share} % executables"
+
+
+@contextmanager
+def type_checker() -> Iterator[None]:
+    """A program with a few hundred MiB of real heap, idle while its memory is read."""
+    script = "import sys; from mypy import api; api.run(['zramd']); print(); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    with process:
+        process.stdout.readline()
+        yield
+        process.stdin.close()
 
 
 def take(size: int, pieces: Iterator[bytes]) -> bytes:
