@@ -58,12 +58,16 @@ from zramd import __version__, sizes  # noqa: E402 - only now can it be found
 from zramd.control.server import ControlThread  # noqa: E402
 from zramd.device import Zram  # noqa: E402
 from zramd.errors import BadValue, ZramdError  # noqa: E402
+from zramd.nbd.transmission import MAX_PAYLOAD  # noqa: E402
 from zramd.opener import Opener  # noqa: E402
 from zramd.service.runtime import Claim, check_name, claim  # noqa: E402
 from zramd.store import PAGE  # noqa: E402
 from zramd.store.zcomp import NAMES  # noqa: E402
 
-_MAX_PAYLOAD = 32 << 20
+# What one reply about extents covers, and names; nbdkit asks again for the rest. A look at 1 GiB of
+# stored pages takes 40 ms, in which nobody else is served.
+_MOST_BYTES = 1 << 30
+_MOST_EXTENTS = 1024
 
 _format_exception = traceback.format_exception
 
@@ -119,9 +123,10 @@ def config_complete() -> None:
 
 
 def thread_model() -> int:
-    # Measured, docs/performance.md: threads that hold the GIL for most of a request spend more on
-    # passing it round than they gain; then nbdkit needs no workers either, whatever -t says.
-    return int(nbdkit.THREAD_MODEL_SERIALIZE_ALL_REQUESTS)
+    # One request at a time per connection. Measured, docs/performance.md: threads that hold the GIL
+    # for most of a request spend more on passing it round than they gain. One at a time for all
+    # would be faster still, but then a client that halts in its handshake halts everybody.
+    return int(nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS)
 
 
 def get_ready() -> None:
@@ -190,7 +195,7 @@ def get_size(opener: Opener) -> int:
 
 
 def block_size(opener: Opener) -> tuple[int, int, int]:
-    return (1, PAGE, _MAX_PAYLOAD)
+    return (1, PAGE, MAX_PAYLOAD)
 
 
 def can_write(opener: Opener) -> bool:
@@ -277,7 +282,8 @@ def extents(opener: Opener, count: int, offset: int, flags: int) -> list[tuple[i
     hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
     found = []
     try:
-        for size, is_hole in opener.extents(offset, count):
+        most = 1 if flags & nbdkit.FLAG_REQ_ONE else _MOST_EXTENTS
+        for size, is_hole in opener.extents(offset, min(count, _MOST_BYTES), most):
             found.append((offset, size, hole if is_hole else 0))
             offset += size
     except ZramdError as error:

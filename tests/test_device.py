@@ -401,7 +401,7 @@ REQUESTS = {
     "write": lambda opener, offset, length: opener.write(offset, bytes(length)),
     "discard": lambda opener, offset, length: opener.discard(offset, length),
     "zero": lambda opener, offset, length: opener.zero(offset, length),
-    "extents": lambda opener, offset, length: opener.extents(offset, length),
+    "extents": lambda opener, offset, length: opener.extents(offset, length, 10),
 }
 SIZE = 1 << 20
 
@@ -530,7 +530,7 @@ def test_a_closed_opener_is_of_no_more_use_and_closing_it_again_is_harmless(zram
         lambda: opener.write(0, b"x"),
         lambda: opener.discard(0, PAGE),
         lambda: opener.zero(0, PAGE),
-        lambda: opener.extents(0, PAGE),
+        lambda: opener.extents(0, PAGE, 1),
     ):
         with pytest.raises(NotInitialised):
             use()
@@ -927,7 +927,7 @@ class DeviceAgainstBytearray(RuleBasedStateMachine):
             at = min(at, opener.size - length)
             content = self.model.content[at : at + length]
             assert opener.read(at, length) == content
-            holes_agree(content, opener.extents(at, length))
+            holes_agree(content, opener.extents(at, length, length))
 
     @invariant()
     def statistics_are_right(self) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,11 @@ class Nbdkit:
         require.path("/usr/lib/python3/dist-packages/nbd.py")
         head = f"import nbd\nh = nbd.NBD()\nh.connect_unix({str(self.socket)!r})\n"
         done = subprocess.run(
-            ["/usr/bin/python3", "-c", head + script], capture_output=True, text=True, check=False
+            ["/usr/bin/python3", "-c", head + script],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -199,6 +204,37 @@ def test_holes_are_told_as_they_are(serving):
         (12288, 53248, 3),
         (65536, 4096, 0),
         (69632, (16 << 20) - 69632, 3),
+    ]
+
+
+def test_a_client_that_halts_in_its_handshake_halts_nobody_else(serving):
+    with socket.socket(socket.AF_UNIX) as halted:
+        halted.connect(str(serving.socket))
+        assert halted.recv(18, socket.MSG_WAITALL).startswith(b"NBDMAGIC")
+        script = f"""
+h.pwrite(b"data", 0)
+import socket
+with socket.socket(socket.AF_UNIX) as halted:
+    halted.connect({str(serving.socket)!r})
+    halted.recv(18, socket.MSG_WAITALL)
+    print(bytes(h.pread(4, 0)).decode())
+"""
+        assert serving.libnbd(script) == "data\n"
+
+
+def test_the_map_of_a_scattered_device_is_told_in_pieces(serving):
+    script = """
+for page in range(0, 200, 2):
+    h.pwrite(bytes(4096), page * 4096)
+"""
+    serving.libnbd(script)
+    uri = f"nbd+unix:///?socket={serving.socket}"
+    done = subprocess.run(
+        [require.program("qemu-img"), "map", "--output=json", uri], capture_output=True, check=True
+    )
+    found = [(e["start"], e["length"]) for e in json.loads(done.stdout)]
+    assert found[:200] == [(page * 4096, 4096) for page in range(199)] + [
+        (199 * 4096, (16 << 20) - 199 * 4096)
     ]
 
 

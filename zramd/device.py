@@ -25,6 +25,7 @@ Meta's memory is touched inside the gate or under init_lock only.
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
@@ -119,8 +120,10 @@ class Zram:
     def _claim(self, force: bool) -> None:
         with self._openers_lock:
             if self._openers and not force:
+                times = Counter(opener.who for opener in self._openers)
+                holders = [who if n == 1 else f"{who} ({n} times)" for who, n in times.items()]
                 raise DeviceBusy(
-                    f"{self.name} is in use by {', '.join(o.who for o in self._openers)}",
+                    f"{self.name} is in use by {', '.join(holders)}",
                     hint="detach it or end these connections first,"
                     f" or lose what it holds: zramd reset {self.name} --force",
                 )

@@ -16,6 +16,7 @@ Every request takes no device lock, and goes the same way:
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from zramd.errors import Corrupt, NotInitialised, OutOfRange, StoreFull
 from zramd.gate import Gate
@@ -119,12 +120,12 @@ class Opener:
         finally:
             self._gate.leave(record)
 
-    def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """(bytes, is_hole) along the range, neighbours merged."""
+    def extents(self, offset: int, length: int, most: int) -> list[tuple[int, bool]]:
+        """(bytes, is_hole) along the range, neighbours merged; the first `most` of them."""
         record = self._gate.enter()
         try:
             self._check(offset, length)
-            return list(self._pages.extents(offset, length))
+            return list(islice(self._pages.extents(offset, length), most))
         finally:
             self._gate.leave(record)
 

@@ -208,15 +208,17 @@ def test_the_sentence_tells_what_is_saved():
     of_one = device(
         orig_data_size=sizes.parse("2.3G"), mem_used_total=sizes.parse("904M"), disksize=8 << 30
     )
-    assert _sentence([of_one]) == (
+    assert _sentence([of_one.now]) == (
         "2.3G of pages are stored in 904M of RAM (saving 1.4G); the device can hold 8G."
     )
-    assert _sentence([of_one, of_one]).endswith("(saving 2.8G); the devices can hold 16G.")
+    assert _sentence([of_one.now, of_one.now]).endswith("(saving 2.8G); the devices can hold 16G.")
 
 
 def test_the_sentence_claims_no_saving_where_there_is_none():
     empty = device(mem_used_total=4096, disksize=1 << 30)
-    assert _sentence([empty]) == ("0B of pages are stored in 4K of RAM; the device can hold 1G.")
+    assert _sentence([empty.now]) == (
+        "0B of pages are stored in 4K of RAM; the device can hold 1G."
+    )
 
 
 def test_the_ratio_is_that_of_data_to_all_memory():
@@ -254,3 +256,14 @@ def test_names_columns_attributes_and_algorithms_are_completed(zramd):
     assert complete("set", "zram7", "mem_l") == ["mem_limit"]
     assert complete("serve", "x", "--algorithm", "z") == ["zstd"]
     assert complete("list", "-o", "NAME,ME") == ["NAME,MEM-LIMIT", "NAME,MEM-USED"]
+
+
+def test_a_device_that_lost_its_server_is_told_with_what_to_do(zramd):
+    zramd.serve("zram0")
+    zramd.kill("zram0")
+    told = zramd.run("list")
+    assert told.returncode == 0
+    assert "RAM" not in told.stdout, "no figures are known"
+    assert (
+        told.stderr == "zramd: zram0 has lost its server; `zramd down zram0` clears what is left\n"
+    )

@@ -169,3 +169,16 @@ def test_a_reset_in_use_is_refused_naming_the_client_unless_forced(zramd):
 
 def test_the_command_says_its_version(zramd):
     assert zramd.ok("--version").startswith("zramd ")
+
+
+def test_a_notify_socket_that_is_gone_does_not_end_the_server(zramd, tmp_path):
+    zramd.environment["NOTIFY_SOCKET"] = str(tmp_path / "gone")
+    zramd.serve("zram0")
+    assert zramd.ok("get", "zram0", "initstate") == "1\n"
+
+
+def test_an_address_in_the_devices_own_directory_is_refused(zramd):
+    place = zramd.runtime / "zram0" / "control"
+    said = zramd.fails(2, "serve", "zram0", "--disksize=1M", f"--listen=unix:{place}")
+    assert "own directory" in said
+    assert zramd.left() == []

@@ -114,26 +114,50 @@ def test_what_cannot_be_unmounted_stays_up_altogether(zramd, kernel, mountpoint)
     zramd.ok("down", "zram0")
 
 
-def test_a_step_that_fails_undoes_those_before_it(zramd, kernel, tmp_path):
-    said = zramd.run("up", "zram0", *VIA, "--mount", str(tmp_path / "nowhere"))
-    assert said.returncode == 2
-    assert "nowhere is not a directory" in said.stderr
+def test_a_mount_point_that_is_not_there_is_told_before_anything_is_done(zramd, kernel, tmp_path):
+    said = zramd.fails(2, "up", "zram0", *VIA, "--mount", str(tmp_path / "nowhere"))
+    assert "nowhere is not a directory" in said
+    nothing_stands(zramd)
+
+
+def test_a_step_that_fails_undoes_those_before_it(zramd, kernel, mountpoint):
+    said = zramd.run("up", "zram0", *VIA, "--mount", str(mountpoint), "--fs", "nosuch")
+    assert said.returncode == 41
+    assert "mkfs.nosuch is not installed" in said.stderr
     assert said.stdout == ""
     nothing_stands(zramd)
 
 
-def test_a_step_that_fails_leaves_what_was_up_before(zramd, kernel, tmp_path):
+def test_a_step_that_fails_leaves_what_was_up_before(zramd, kernel, mountpoint):
     zramd.ok("up", "zram0", *VIA)
     before = zramd.devices()
-    assert zramd.run("up", "zram0", *VIA, "--mount", str(tmp_path / "nowhere")).returncode == 2
+    failed = zramd.run("up", "zram0", *VIA, "--mount", str(mountpoint), "--fs", "nosuch")
+    assert failed.returncode == 41
     assert zramd.devices() == before
 
 
-def test_a_step_that_fails_undoes_what_took_the_place_of_a_dead_attachment(zramd, kernel, tmp_path):
+def test_a_step_that_fails_undoes_what_took_the_place_of_a_dead_attachment(
+    zramd, kernel, mountpoint
+):
     zramd.ok("up", "zram0", *VIA)
     zramd.kill("zram0")
-    assert zramd.run("up", "zram0", *VIA, "--mount", str(tmp_path / "nowhere")).returncode == 2
+    failed = zramd.run("up", "zram0", *VIA, "--mount", str(mountpoint), "--fs", "nosuch")
+    assert failed.returncode == 41
     nothing_stands(zramd)
+
+
+def test_up_knows_its_algorithm_however_it_is_spelled(zramd, kernel):
+    zramd.ok("up", "zram0", *VIA, "--algorithm", "zstd(level=3)")
+    zramd.ok("up", "zram0", *VIA, "--algorithm", "zstd( level = 3 )")
+    zramd.fails(30, "up", "zram0", *VIA, "--algorithm", "zstd(level=4)")
+    zramd.fails(2, "up", "zram0", *VIA, "--algorithm", "zstf")
+
+
+def test_a_reset_of_an_attached_device_names_the_node(zramd, kernel):
+    node = zramd.ok("up", "zram0", *VIA).strip()
+    said = zramd.fails(30, "reset", "zram0")
+    assert node in said
+    assert "zramd detach zram0" in said
 
 
 def test_without_nbd_a_forced_nbd_is_told_and_nothing_is_left(zramd, kernel):

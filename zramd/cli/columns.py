@@ -74,7 +74,7 @@ def _of(figure: Callable[[Statistics], Value]) -> Callable[[Device], Value]:
 
 
 def _ratio(now: Statistics) -> float | None:
-    return now.orig_data_size / now.mem_used_total if now.mem_used_total else None
+    return now.orig_data_size / now.mem_used_total if now.orig_data_size else None
 
 
 def _node(device: Device) -> str | None:

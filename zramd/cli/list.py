@@ -11,6 +11,7 @@ from zramd.cli.columns import COLUMNS, DEFAULT, Column, Device
 from zramd.cli.options import talk
 from zramd.errors import BadValue
 from zramd.service import runtime
+from zramd.statistics import Statistics
 
 _BY_NAME = {column.name: column for column in COLUMNS}
 
@@ -85,7 +86,7 @@ def command(
         for line in _table(headings + rows, columns):
             click.echo(line)
         if not noheadings:
-            click.echo(_sentence(devices))
+            _close(devices)
     else:
         talk(f"no devices in {runtime.runtime_dir()}; `zramd up NAME --disksize SIZE` makes one")
 
@@ -106,9 +107,21 @@ def _table(rows: list[list[str]], columns: Sequence[Column]) -> list[str]:
     ]
 
 
-def _sentence(devices: list[Device]) -> str:
-    """What the figures mean, for all devices together."""
+def _close(devices: list[Device]) -> None:
+    """What the figures mean, for all devices together, and who tells none."""
     known = [device.now for device in devices if device.now is not None]
+    if known:
+        click.echo(_sentence(known))
+    for device in devices:
+        if device.state == "dead":
+            talk(
+                f"{device.name} has lost its server; `zramd down {device.name}` clears what is left"
+            )
+        elif device.state == "silent":
+            talk(f"the server of {device.name} does not answer")
+
+
+def _sentence(known: list[Statistics]) -> str:
     data = sum(now.orig_data_size for now in known)
     total = sum(now.mem_used_total for now in known)
     limit = sizes.human(sum(now.disksize for now in known))

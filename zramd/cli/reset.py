@@ -4,6 +4,8 @@ import click
 
 from zramd.cli.options import name_argument
 from zramd.control.client import Control
+from zramd.errors import DeviceBusy
+from zramd.kernel import attach
 from zramd.service.runtime import Paths
 
 
@@ -15,5 +17,11 @@ def command(name: str, force: bool) -> None:
 
     `zramd set NAME disksize SIZE` makes it usable again.
     """
+    attachment = attach.attached(name)
+    if attachment is not None and not force:
+        raise DeviceBusy(
+            f"{name} is attached as {attachment.node}",
+            hint=f"detach it first: zramd detach {name}",
+        )
     with Control(Paths(name).control_socket) as control:
         control.reset(force=force)

@@ -11,11 +11,12 @@ from zramd.cli.down import stop
 from zramd.cli.options import device_options, name_argument, talk
 from zramd.control.client import Control
 from zramd.errors import BadValue, DeviceBusy, NoServer, ZramdError
-from zramd.kernel import attach, use
+from zramd.kernel import attach, tools, use
 from zramd.nbd.address import Address
 from zramd.service import background
 from zramd.service.runtime import Paths
 from zramd.store import PAGE
+from zramd.store.zcomp import Algorithm
 
 
 @click.command()
@@ -55,6 +56,9 @@ def command(
         raise BadValue("--priority goes with --swap", hint="add --swap, or leave it out")
     if fstype is not None and directory is None:
         raise BadValue("--fs goes with --mount", hint="add --mount DIR, or leave it out")
+    if directory is not None and not directory.is_dir():
+        raise BadValue(f"{directory} is not a directory", hint=f"mkdir -p {directory}")
+    tools.need_root(f"attaching {name}")
     with contextlib.ExitStack() as undo:
         was_served = _serves(name, disksize, algorithm)
         if was_served:
@@ -94,7 +98,7 @@ def _serves(name: str, disksize: int, algorithm: str | None) -> bool:
     except NoServer:
         return False
     same_size = now.disksize == -(-disksize // PAGE) * PAGE
-    if same_size and algorithm in (None, now.algorithm):
+    if same_size and (algorithm is None or str(Algorithm.parse(algorithm)) == now.algorithm):
         return True
     is_now = f"with {sizes.human(now.disksize)}, {now.algorithm}" if now.disksize else "but reset"
     raise DeviceBusy(

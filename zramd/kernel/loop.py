@@ -15,11 +15,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
 
 from zramd.errors import AttachFailed, NoServer, ToolMissing, ZramdError
 from zramd.kernel import tools
 from zramd.kernel.state import SYS_BLOCK, answers, is_mount
+from zramd.nbd.address import UnixAddress
 from zramd.store import PAGE
 
 _MOUNT: Final = "loop"
@@ -116,7 +116,7 @@ def _loops(directory: Path) -> list[str]:
 
 def _start_nbdfuse(mount: Path, server: Path, export: str) -> None:
     """Mount the export on `mount`; returns when it can be used. nbdfuse ends with its mount."""
-    uri = f"nbd+unix:///{quote(export, safe='')}?socket={quote(os.fspath(server))}"
+    uri = UnixAddress(server).uri(export)
     program = tools.find("nbdfuse")
     if program is None:
         raise tools.missing("nbdfuse")

@@ -7,6 +7,8 @@ connection lives without any process of ours.
 
 A server that was killed leaves requests in the kernel that wait for ever, and with them whoever
 opens the node; so nothing here opens a node, and whether the server lives is asked of its socket.
+
+Assumes the network namespace in which the device was attached: sockets of others cannot be asked.
 """
 
 import errno

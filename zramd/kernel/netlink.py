@@ -77,7 +77,7 @@ def nbd_connect(
         + _attribute(_NBD_BLOCK_SIZE_BYTES, _U64.pack(block_size))
         + _attribute(_NBD_SERVER_FLAGS, _U64.pack(flags))
         + _attribute(_NBD_SOCKETS | _NESTED, sockets)
-        + _attribute(_NBD_BACKEND_IDENTIFIER, identifier.encode() + b"\0"),
+        + _attribute(_NBD_BACKEND_IDENTIFIER, os.fsencode(identifier) + b"\0"),
     )
     return int(_U32.unpack(answer[_NBD_INDEX])[0])
 

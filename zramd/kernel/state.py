@@ -127,7 +127,9 @@ def processes_in(target: str) -> list[str]:
                 *(process / "fd").iterdir(),
             ]
             if any(_lies_in(os.readlink(link), target) for link in links):
-                found.append(f"{(process / 'comm').read_text().strip()} (pid {process.name})")
+                found.append(
+                    f"{(process / 'comm').read_text(errors='replace').strip()} (pid {process.name})"
+                )
         except OSError:
             continue  # it ended meanwhile, or is not ours to look at
     return found

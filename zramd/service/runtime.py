@@ -48,12 +48,12 @@ def runtime_dir() -> Path:
     """The runtime directory, absolute, whether or not it exists; BadValue where none is known."""
     chosen = os.environ.get("ZRAMD_RUNTIME_DIR")
     if chosen:
-        return Path(os.path.abspath(chosen))
+        return Path(os.path.realpath(chosen))
     if os.geteuid() == 0:
-        return Path("/run/zramd")
+        return Path(os.path.realpath("/run/zramd"))
     session = os.environ.get("XDG_RUNTIME_DIR")
     if session:
-        return Path(session) / "zramd"
+        return Path(os.path.realpath(session)) / "zramd"
     raise BadValue(
         "there is no runtime directory: neither ZRAMD_RUNTIME_DIR nor XDG_RUNTIME_DIR is set",
         hint="set ZRAMD_RUNTIME_DIR to a directory of yours, or run as root",

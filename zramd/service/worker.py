@@ -24,6 +24,7 @@ from contextlib import closing
 from zramd import sizes
 from zramd.control.server import ControlServer
 from zramd.device import Zram
+from zramd.errors import BadValue
 from zramd.nbd.address import Address, UnixAddress
 from zramd.nbd.server import Server
 from zramd.service.runtime import Paths, claim
@@ -55,6 +56,11 @@ def run(zram: Zram, listen: Sequence[Address], *, background: bool = False) -> N
 
 
 async def _serve(zram: Zram, paths: Paths, listen: Sequence[Address], background: bool) -> None:
+    for address in listen:
+        if isinstance(address, UnixAddress) and address.path.parent == paths.dir:
+            raise BadValue(
+                f"{address} lies in the device's own directory", hint="choose a path elsewhere"
+            )
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -95,6 +101,9 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.connect(address)
-        sock.sendall(state.encode())
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(address)
+            sock.sendall(state.encode())
+    except OSError as error:  # whoever waited is gone; those who are served are not
+        _log.warning("nobody hears NOTIFY_SOCKET %s: %s", address, error.strerror or error)
