@@ -25,11 +25,13 @@ DEADLINE_S = 60
 class Served:
     """A device of 64 MiB called zram0, behind one of the servers."""
 
-    def __init__(self, kind: str, command: list[str], directory: Path, port: int | None) -> None:
-        self.kind = kind
+    def __init__(
+        self, command: list[str], directory: Path, path: Path | None, port: int | None = None
+    ) -> None:
+        """Listening on a Unix socket, or on a port of the loopback address, or both."""
         self.port = port
-        self.path = directory / ("zram0/nbd.sock" if kind == "zramd" else "nbdkit.sock")
-        self.uri = f"nbd+unix:///?socket={quote(str(self.path))}"
+        self.path = path
+        self.uri = f"nbd+unix:///?socket={quote(str(path))}"
         environment = {
             **os.environ,
             "ZRAMD_RUNTIME_DIR": str(directory),
@@ -45,13 +47,11 @@ class Served:
             time.sleep(0.01)
 
     def _listens(self) -> bool:
+        if self.port is not None:
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", self.port)) == 0
         with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(str(self.path)):
-                return False
-        if self.port is None:
-            return True
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+            return probe.connect_ex(str(self.path)) == 0
 
     def close(self) -> None:
         self.process.terminate()
@@ -69,29 +69,31 @@ def zramd_serve(directory: Path, port: int | None = None) -> Served:
     command = [sys.executable, "-m", "zramd.cli", "serve", "zram0", f"--disksize={SIZE}"]
     if port is not None:
         command.append(f"--listen=tcp:127.0.0.1:{port}")
-    return Served("zramd", command, directory, port)
+    return Served(command, directory, directory / "zram0/nbd.sock", port)
 
 
-def nbdkit(directory: Path) -> Served:
-    program = require.program("nbdkit")
-    command = [program, "-f", "-U", str(directory / "nbdkit.sock"), "python"]
-    command += [str(ROOT / "nbd_plugin.py"), "name=zram0", f"disksize={SIZE}"]
-    return Served("nbdkit", command, directory, None)
+def nbdkit(directory: Path, port: int | None = None) -> Served:
+    socket_path = directory / "nbdkit.sock"
+    where = ["-U", str(socket_path)] if port is None else ["-i", "127.0.0.1", "-p", str(port)]
+    command = [require.program("nbdkit"), "-f", *where, "python", str(ROOT / "nbd_plugin.py")]
+    return Served([*command, "name=zram0", f"disksize={SIZE}"], directory, socket_path, port)
 
 
-@pytest.fixture(params=["zramd", "nbdkit"])
+SERVERS = [zramd_serve, nbdkit]
+
+
+@pytest.fixture(params=SERVERS, ids=["zramd", "nbdkit"])
 def server(request):
     with places.place(places.RUNTIME) as directory:
-        served = (zramd_serve if request.param == "zramd" else nbdkit)(directory)
+        served = request.param(directory)
         yield served
         served.close()
 
 
-@pytest.fixture
-def our_server():
-    """Ours alone, on TCP too."""
+@pytest.fixture(params=SERVERS, ids=["zramd", "nbdkit"])
+def tcp_server(request):
     with places.place(places.RUNTIME) as directory:
-        served = zramd_serve(directory, free_port())
+        served = request.param(directory, free_port())
         yield served
         served.close()
 
@@ -149,13 +151,13 @@ def test_nbdinfo_says_no(server, what):
     run("nbdinfo", "--is", what, server.uri, status=2)
 
 
-def test_nbdinfo_lists_the_device(our_server):
-    (export,) = json.loads(run("nbdinfo", "--list", "--json", our_server.uri))["exports"]
+def test_nbdinfo_lists_the_device(server):
+    (export,) = json.loads(run("nbdinfo", "--list", "--json", server.uri))["exports"]
     assert (export["export-name"], export["export-size"]) == ("zram0", SIZE)
 
 
-def test_nbdinfo_is_told_of_another_name(our_server):
-    uri = our_server.uri.replace("///?", "///other?")
+def test_nbdinfo_is_told_of_another_name(server):
+    uri = server.uri.replace("///?", "///other?")
     command = [require.program("nbdinfo"), uri]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -232,9 +234,9 @@ def test_fio_verifies_what_it_wrote(server, tmp_path, pattern):
 # nbd-client
 
 
-def test_nbd_client_lists_the_device_over_tcp(our_server):
-    said = run("nbd-client", "-l", "127.0.0.1", str(our_server.port))
-    assert re.search(r"^zram0$", said, re.MULTILINE)
+def test_nbd_client_lists_the_device_over_tcp(tcp_server):
+    said = run("nbd-client", "-l", "127.0.0.1", str(tcp_server.port))
+    assert re.search(r"^zram0\b", said, re.MULTILINE)
 
 
 # libnbd, its own checks off, as an oracle for errors
