@@ -55,9 +55,14 @@ def test_an_interrupted_start_ends_the_server_and_leaves_nothing(home, server):
 
     server(CLAIM + "time.sleep(600)")
     user = threading.Thread(target=interrupt)
-    user.start()
-    with pytest.raises(KeyboardInterrupt):
-        background.start("zram0", [])
+    # A shell's background job, as CI may be, starts with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        user.start()
+        with pytest.raises(KeyboardInterrupt):
+            background.start("zram0", [])
+    finally:
+        signal.signal(signal.SIGINT, before)
     user.join()
     assert list(home.iterdir()) == []
 
