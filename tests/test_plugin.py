@@ -135,7 +135,9 @@ def test_an_environment_for_another_python_is_told_with_the_interpreter_that_nbd
     alone.write_text(PLUGIN.read_text())
     (tmp_path / ".venv" / "lib" / "python2.7" / "site-packages").mkdir(parents=True)
     (tmp_path / ".venv" / "pyvenv.cfg").touch()
-    nbdkit.environment.pop("VIRTUAL_ENV")
+    # Python takes the environment, too, whose python3 it finds first on PATH.
+    nbdkit.environment["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
+    nbdkit.environment.pop("VIRTUAL_ENV", None)
     done = nbdkit.run("-f", "python", str(alone), "name=zram0", "disksize=1M", cwd=tmp_path)
     assert done.returncode == 1
     assert re.match(r"nbdkit embeds Python 3\.\d+, and zramd cannot be imported", done.stderr)
