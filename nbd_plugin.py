@@ -46,9 +46,8 @@ def _find_packages(here: Path) -> None:
         # No class of zramd's own can be had here, and a traceback would bury the message.
         sys.exit(
             f"nbdkit embeds Python {version}, and zramd cannot be imported there:"
-            f" {missing}{foreign}\n"
-            f"hint: make an environment for that version: python{version} -m venv {here}/.venv"
-            f" && {here}/.venv/bin/pip install {here}"
+            f" {missing}{foreign}; make an environment for that version:"
+            f" python{version} -m venv {here}/.venv && {here}/.venv/bin/pip install {here}"
         )
 
 
@@ -78,7 +77,7 @@ def _format_briefly(*args, **kwargs):  # type: ignore[no-untyped-def]
     error = next((arg for arg in args if isinstance(arg, ZramdError)), None)
     if error is None:
         return _format_exception(*args, **kwargs)
-    return [f"{error}; {error.hint}" if error.hint else str(error)]
+    return [error.line()]
 
 
 traceback.format_exception = _format_briefly

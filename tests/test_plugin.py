@@ -142,7 +142,8 @@ def test_an_environment_for_another_python_is_told_with_the_interpreter_that_nbd
     assert done.returncode == 1
     assert re.match(r"nbdkit embeds Python 3\.\d+, and zramd cannot be imported", done.stderr)
     assert f"{tmp_path}/.venv is for another version" in done.stderr
-    assert "hint: make an environment" in done.stderr
+    assert "; make an environment for that version" in done.stderr
+    assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
 
 

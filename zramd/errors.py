@@ -29,6 +29,11 @@ class ZramdError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def line(self) -> str:
+        """All there is to say, in the one line in which every front end says it."""
+        said = self.message if self.hint is None else f"{self.message}; {self.hint}"
+        return " ".join(said.split())
+
 
 class BadValue(ZramdError):
     """A size, name, algorithm, path, attribute or value is not one of those allowed."""

@@ -1,8 +1,8 @@
 """The command `zramd`. One module per verb, loaded when the verb is used.
 
-stdout is data, stderr is talk. A failure is two lines on stderr at most, `zramd: MESSAGE` and
-`hint: NEXT STEP`, and the exit code of its class in zramd.errors; wrong usage looks the same, with
-exit code 2. zramd.service.background reads that form.
+stdout is data, stderr is talk. A failure is one line on stderr, `zramd: MESSAGE; NEXT STEP`,
+and the exit code of its class in zramd.errors; wrong usage looks the same, with exit code 2.
+zramd.service.background reads that form.
 """
 
 import importlib
@@ -70,7 +70,5 @@ def _run(args: list[str] | None) -> int:
 
 
 def _fail(error: ZramdError) -> int:
-    click.echo(f"zramd: {' '.join(error.message.split())}", err=True)
-    if error.hint is not None:
-        click.echo(f"hint: {' '.join(error.hint.split())}", err=True)
+    click.echo(f"zramd: {error.line()}", err=True)
     return error.exit_code

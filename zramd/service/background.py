@@ -71,9 +71,8 @@ def _failure(said: list[str], status: int) -> ZramdError:
     """The error that the server printed in the form of zramd.cli.main."""
     kinds = {kind.exit_code: kind for kind in KINDS}
     errors = [line.removeprefix("zramd: ") for line in said if line.startswith("zramd: ")]
-    hints = [line.removeprefix("hint: ") for line in said if line.startswith("hint: ")]
     if status in kinds and errors:
-        return kinds[status](errors[-1], hint=hints[-1] if hints else None)
+        return kinds[status](errors[-1])
     how = f"signal {-status}" if status < 0 else f"exit status {status}"
     last = f": {said[-1]}" if said else ""
     return ServerFailed(f"the server ended with {how} before it was ready{last}")
