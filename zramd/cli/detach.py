@@ -15,9 +15,15 @@ def command(name: str) -> None:
 
     What a killed server or a killed attachment has left is cleared too.
     """
-    attachment = attach.attached(name)
-    if attachment is None and not Paths(name).dir.exists():
-        raise NoServer(f"there is no device {name}", hint="`zramd list` shows what there is")
+    attachment = find(name)
     attach.detach(name)
     if attachment is None:
         talk(f"{name} was not attached")
+
+
+def find(name: str) -> attach.Attachment | None:
+    """The attachment of `name`, where it is attached; NoServer where nothing of it is there."""
+    attachment = attach.attached(name)
+    if attachment is None and not Paths(name).dir.exists():
+        raise NoServer(f"there is no device {name}", hint="`zramd list` shows what there is")
+    return attachment

@@ -4,6 +4,7 @@ import time
 
 import click
 
+from zramd.cli.detach import find
 from zramd.cli.options import name_argument, talk
 from zramd.control.client import Control
 from zramd.errors import DeviceBusy, NoServer, ServerExists, ServerFailed
@@ -22,9 +23,7 @@ def command(name: str) -> None:
     If it cannot be unmounted, or swap on it not be turned off, all stays as it is. What a killed
     server or a killed attachment has left is cleared too.
     """
-    attachment = attach.attached(name)
-    if attachment is None and not Paths(name).dir.exists():
-        raise NoServer(f"there is no device {name}", hint="`zramd list` shows what there is")
+    attachment = find(name)
     _must_not_be_silent(name)
     if attachment is not None:
         use.release(attachment.node)
