@@ -599,23 +599,74 @@ def test_reset_of_an_open_device_is_busy_names_the_openers_and_changes_nothing(z
     zram.reset()
 
 
-def test_after_a_reset_the_servers_are_told_with_no_lock_held(zram):
+def test_a_forced_reset_tells_the_servers_when_all_is_freed_and_nobody_can_have_come_anew(zram):
     told = []
 
     def tell() -> None:
         assert not zram._init_lock.locked()
+        assert meta.arena.map.closed
         zram.init(1 << 20)
-        told.append(zram.open("at once").size)
+        with pytest.raises(DeviceBusy, match="being reset"):
+            zram.open("too early")
+        told.append(opener.closed)
 
     zram.init(4096)
+    meta = zram._meta
     zram.on_reset.append(tell)
-    zram.open("test")
+    opener = zram.open("test")
     with pytest.raises(DeviceBusy):
         zram.reset()
     assert told == []
     zram.reset(force=True)
-    assert told == [1 << 20]
+    assert told == [True]
+    assert zram.open("in time").size == 1 << 20
     zram.on_reset.clear()
+
+
+def test_a_reset_that_closes_nobody_tells_nobody(zram):
+    zram.on_reset.append(lambda: pytest.fail("told"))
+    zram.reset()
+    zram.init(4096)
+    zram.open("gone before").close()
+    zram.reset(force=True)
+
+
+def test_a_second_reset_is_busy_and_names_whom_the_first_waits_for_unless_forced(zram, opener):
+    zram._meta.comp = held = Held()
+    writer = in_thread(lambda: opener.write(0, noise(1)))
+    assert held.reached.wait(DEADLINE)
+    resetter = in_thread(lambda: zram.reset(force=True))
+    until(lambda: not zram._gate.init_done)
+    with pytest.raises(DeviceBusy, match=r"being reset and waits for requests of test$"):
+        zram.reset()
+    assert zram.statistics().in_flight == ("test",)
+    second = in_thread(lambda: zram.reset(force=True))
+    assert second.is_alive()
+    held.go.set()
+    for thread in (writer, resetter, second):
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+    assert state(zram) == FRESH
+    assert zram.statistics().in_flight == ()
+
+
+def test_a_reset_interrupted_while_it_waits_changes_nothing(zram, opener, monkeypatch):
+    opener.write(0, noise(1))
+    before = state(zram)
+
+    def interrupted() -> None:
+        with pytest.raises(NotInitialised):
+            opener.read(0, PAGE)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zram._gate, "drain", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            zram.reset(force=True)
+    assert opener.read(0, PAGE) == noise(1)
+    assert state(zram) == before
+    zram.open("another").close()
+    zram.reset(force=True)
 
 
 class Held(Codec):
@@ -655,7 +706,7 @@ def test_reset_waits_for_the_request_inside_and_frees_nothing_before(zram, opene
 
     assert zram._meta is meta
     assert not meta.arena.map.closed
-    assert zram._gate.inside() == [writer.name]
+    assert zram._gate.inside() == ["test"]
     assert zram.statistics().openers == ("test",)
     with pytest.raises(NotInitialised):
         opener.read(0, 1)

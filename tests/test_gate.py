@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 
 import zramd.gate
-from tests import interleave
 from zramd.errors import NotInitialised
 from zramd.gate import Gate
 
@@ -40,16 +39,17 @@ def waiting(monkeypatch):
 class Request(threading.Thread):
     """Enters when started, and leaves when told; then enters again and again while it can."""
 
-    def __init__(self, gate: Gate, name: str = "", again: int = 0) -> None:
-        super().__init__(name=name or None, daemon=True)
+    def __init__(self, gate: Gate, who: str = "a request", again: int = 0) -> None:
+        super().__init__(daemon=True)
         self.gate = gate
+        self.who = who
         self.again = again
         self.inside = threading.Event()
         self.go = threading.Event()
         self.refused = 0
 
     def run(self) -> None:
-        record = self.gate.enter()
+        record = self.gate.enter(self.who)
         try:
             self.inside.set()
             assert self.go.wait(DEADLINE)
@@ -57,7 +57,7 @@ class Request(threading.Thread):
             self.gate.leave(record)
         for _ in range(self.again):
             try:
-                self.gate.leave(self.gate.enter())
+                self.gate.leave(self.gate.enter(self.who))
             except NotInitialised:
                 self.refused += 1
 
@@ -79,7 +79,7 @@ def ended(*threads: threading.Thread) -> None:
 def test_a_new_gate_is_closed_and_refuses_with_eio():
     gate = Gate()
     with pytest.raises(NotInitialised) as caught:
-        gate.enter()
+        gate.enter("us")
     assert caught.value.errno == 5
     assert caught.value.hint
     assert gate.inside() == []
@@ -89,16 +89,16 @@ def test_a_new_gate_is_closed_and_refuses_with_eio():
 def test_an_open_gate_lets_in_and_a_closed_one_does_not():
     gate = Gate()
     gate.open()
-    record = gate.enter()
-    assert gate.inside() == [threading.current_thread().name]
+    record = gate.enter("us")
+    assert gate.inside() == ["us"]
     gate.leave(record)
     assert gate.inside() == []
     gate.close()
     with pytest.raises(NotInitialised):
-        gate.enter()
+        gate.enter("us")
     gate.drain()
     gate.open()
-    gate.leave(gate.enter())
+    gate.leave(gate.enter("us"))
 
 
 def test_drain_waits_for_the_request_inside_and_says_who_it_is(waiting):
@@ -163,7 +163,7 @@ def test_an_exception_inside_leaves_the_gate():
     gate.open()
 
     def request() -> None:
-        record = gate.enter()
+        record = gate.enter("us")
         try:
             raise KeyboardInterrupt
         finally:
@@ -191,9 +191,9 @@ def test_threads_that_die_leave_no_record():
 def test_a_thread_keeps_one_record_for_all_its_requests():
     gate = Gate()
     gate.open()
-    first = gate.enter()
+    first = gate.enter("us")
     gate.leave(first)
-    assert gate.enter() is first
+    assert gate.enter("us") is first
     gate.leave(first)
     assert len(gate._records) == 1
 
@@ -202,8 +202,8 @@ def test_two_gates_do_not_share_records():
     one, other = Gate(), Gate()
     one.open()
     other.open()
-    record = one.enter()
-    other.leave(other.enter())
+    record = one.enter("us")
+    other.leave(other.enter("us"))
     assert other.inside() == []
     other.close()
     other.drain()
@@ -225,158 +225,7 @@ def test_a_record_the_resetter_does_not_know_is_never_used(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gate, "_records_lock", Interrupted())
         with pytest.raises(KeyboardInterrupt):
-            gate.enter()
-    record = gate.enter()
-    assert gate.inside() == [threading.current_thread().name]
+            gate.enter("us")
+    record = gate.enter("us")
+    assert gate.inside() == ["us"]
     gate.leave(record)
-
-
-@pytest.fixture
-def in_steps(monkeypatch):
-    """The gate on the explorer's own events and locks."""
-    monkeypatch.setattr(
-        zramd.gate,
-        "threading",
-        SimpleNamespace(
-            Event=interleave.Event,
-            Lock=interleave.Lock,
-            local=threading.local,
-            current_thread=threading.current_thread,
-        ),
-    )
-
-
-FILES = {zramd.gate.__file__, __file__}
-
-
-@pytest.mark.parametrize("requests", [1, 2])
-def test_in_every_order_of_steps_nothing_is_freed_under_a_request_and_all_end(in_steps, requests):
-    def make():
-        gate = Gate()
-        gate.open()
-        state = {"freed": False}
-
-        def use() -> None:
-            for _ in range(requests):
-                try:
-                    record = gate.enter()
-                except NotInitialised:
-                    continue
-                assert not state["freed"]
-                assert not state["freed"]
-                gate.leave(record)
-
-        def reset() -> None:
-            gate.close()
-            gate.drain()
-            state["freed"] = True
-
-        return [use, reset]
-
-    assert interleave.explore(FILES, make) > 500
-
-
-def test_in_every_order_of_steps_a_request_that_was_inside_can_leave_and_be_met(in_steps):
-    def make():
-        gate = Gate()
-        gate.open()
-        record = gate.enter()
-        state = {"inside": True}
-
-        def use() -> None:
-            state["inside"] = False
-            gate.leave(record)
-
-        def reset() -> None:
-            gate.close()
-            gate.drain()
-            assert not state["inside"]
-
-        return [use, reset]
-
-    assert interleave.explore(FILES, make) > 100
-
-
-def test_in_every_order_of_steps_a_gate_that_opens_again_admits_to_one_state_only(in_steps):
-    """Reset and init again: a request sees one generation from its entry to its end."""
-
-    def make():
-        gate = Gate()
-        gate.open()
-        state = {"generation": 1}
-
-        def use() -> None:
-            try:
-                record = gate.enter()
-            except NotInitialised:
-                return
-            generation = state["generation"]
-            assert generation is not None
-            assert state["generation"] == generation
-            gate.leave(record)
-
-        def reset() -> None:
-            gate.close()
-            gate.drain()
-            state["generation"] = None
-            state["generation"] = 2
-            gate.open()
-
-        return [use, reset]
-
-    assert interleave.explore(FILES, make) > 500
-
-
-def test_the_explorer_finds_the_faults_it_is_for(in_steps):
-    """Test-then-publish, no second look, and a meeting point looked at twice."""
-
-    class TestsFirst(Gate):
-        def enter(self):
-            if not self.init_done:
-                raise NotInitialised("closed")
-            record = self._new_record()
-            record.inside = True
-            return record
-
-    class OneLook(Gate):
-        def drain(self):
-            for record in self._living():
-                if record.inside:
-                    meeting = record.meeting = interleave.Event()
-                    meeting.wait()
-
-    class LooksTwice(Gate):
-        def leave(self, record):
-            record.inside = False
-            if record.meeting is not None:
-                record.meeting.set()
-
-    for faulty, finding in (
-        (TestsFirst, AssertionError),
-        (OneLook, interleave.Deadlock),
-        (LooksTwice, AttributeError),
-    ):
-
-        def make(faulty=faulty):
-            gate = faulty()
-            gate.open()
-            state = {"freed": False}
-            inside = None if faulty is TestsFirst else gate.enter()
-
-            def use() -> None:
-                try:
-                    record = inside or gate.enter()
-                except NotInitialised:
-                    return
-                assert not state["freed"]
-                gate.leave(record)
-
-            def reset() -> None:
-                gate.close()
-                gate.drain()
-                state["freed"] = True
-
-            return [use, reset]
-
-        with pytest.raises(finding):
-            interleave.explore(FILES, make)

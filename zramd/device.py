@@ -8,18 +8,21 @@ Init (`init`, what writing disksize does), under init_lock:
 2. Build meta (arena, table, pool, comp) aside. A failure leaves the device as it was.
 3. Publish it; then, last, open the gate.
 
-Reset (`reset`), under init_lock:
-1. Claim. Open: DeviceBusy naming the openers, nothing changed. With force, go on. From here on
-   there are no new openers.
-2. Close the gate. New requests get EIO.
-3. Drain: wait for the requests inside, each once. Then close the openers for good: the gate will
-   open again, for a generation that is not theirs.
-4. Free meta; clear limits, parameters and statistics. A re-init waits on init_lock meanwhile, so
-   two tables never exist at once.
-5. Drop claim and lock, then tell the outside world (`on_reset`): connections end.
+Reset (`reset`), one at a time:
+1. Claim. Open, or being reset: DeviceBusy naming who is in the way, nothing changed. With force, go
+   on, after a reset under way. From here on there are no new openers.
+2. Close the gate, under init_lock. New requests get EIO.
+3. Drain: wait for the requests inside, each once. Interrupted, open the gate again: nothing is lost
+   yet. Then close the openers for good: the gate will open again, for a generation that is not
+   theirs.
+4. Free meta and comp; clear limits, parameters and statistics. A re-init waits on init_lock
+   meanwhile, so two tables never exist at once.
+5. Drop init_lock and tell the outside world (`on_reset`): connections end. The claim still stands:
+   whoever has opened the device by now is of the generation that has ended.
+6. Drop the claim.
 
-Lock order: init_lock, then openers, then what the store has. I/O takes none of the first two.
-Meta's memory is touched inside the gate or under init_lock only.
+Lock order: reset_lock, init_lock, then openers, then what the store has. I/O takes none of the
+first three. Meta is touched inside the gate or under init_lock only.
 """
 
 import os
@@ -49,10 +52,13 @@ class Zram:
     def __init__(self, name: str) -> None:
         self.name = name
         self.on_reset: list[Callable[[], None]] = []
-        """Called after a reset, in the resetter's thread, with no lock held."""
+        """Called by a reset that has closed openers when all is freed, in its thread, before anyone
+        can open the device again. They must not block, and not call the device."""
         self._gate = Gate()
+        self._reset_lock = threading.Lock()  # held by the one who resets
         self._init_lock = threading.Lock()  # protects initialisation: meta, algorithm, limit
         self._meta: Pages | None = None
+        self._disksize = 0
         self._algorithm = DEFAULT_ALGORITHM
         self._mem_limit = 0
         self._openers_lock = threading.Lock()  # protects the two below
@@ -63,8 +69,7 @@ class Zram:
     @property
     def disksize(self) -> int:
         """Bytes; 0 while the device is not initialised."""
-        meta = self._meta
-        return 0 if meta is None else meta.arena.slots * PAGE
+        return self._disksize
 
     def init(self, disksize: int) -> None:
         """Give the device `disksize` bytes, rounded up to a page.
@@ -92,30 +97,51 @@ class Zram:
                     raise
             except MemoryError as error:
                 raise NoMemory(f"no memory for a device of {sizes.human(disksize)}") from error
+            self._disksize = disksize
             self._gate.open()
 
     def reset(self, *, force: bool = False) -> None:
         """Back to the state before init: no content, no limit, the default algorithm.
 
-        Raises DeviceBusy when the device is open, unless `force`.
+        Raises DeviceBusy when the device is open or being reset, unless `force`.
         """
-        with self._init_lock:
+        if not self._reset_lock.acquire(blocking=force):
+            inside = ", ".join(sorted(self._gate.inside()))
+            waits = f" and waits for requests of {inside}" if inside else ""
+            raise DeviceBusy(
+                f"{self.name} is being reset{waits}", hint="try again when that has ended"
+            )
+        try:
             self._claim(force)
             try:
-                meta = self._meta
-                if meta is not None:
-                    self._gate.close()
-                    self._gate.drain()
-                    self._close_openers()
-                    self._meta = None
-                    meta.close()
-                self._algorithm = DEFAULT_ALGORITHM
-                self._mem_limit = 0
-                self._io = IoCounts()
+                with self._init_lock:
+                    closed = self._deinit_locked()
+                for tell in self.on_reset if closed else ():
+                    tell()
             finally:
                 self._claimed = False
-        for tell in self.on_reset:
-            tell()
+        finally:
+            self._reset_lock.release()
+
+    def _deinit_locked(self) -> int:
+        """The inverse of `init`, moves 2 to 4; how many openers it has closed."""
+        closed = 0
+        meta = self._meta
+        if meta is not None:
+            self._gate.close()
+            try:
+                self._gate.drain()
+            except BaseException:
+                self._gate.open()
+                raise
+            closed = self._close_openers()
+        self._meta, self._disksize = None, 0
+        self._algorithm = DEFAULT_ALGORITHM
+        self._mem_limit = 0
+        self._io = IoCounts()
+        if meta is not None:
+            meta.close()
+        return closed
 
     def _claim(self, force: bool) -> None:
         with self._openers_lock:
@@ -129,11 +155,12 @@ class Zram:
                 )
             self._claimed = True
 
-    def _close_openers(self) -> None:
+    def _close_openers(self) -> int:
         with self._openers_lock:
-            for opener in self._openers:
+            closed, self._openers = self._openers, []
+            for opener in closed:
                 opener.closed = True
-            self._openers.clear()
+        return len(closed)
 
     def _let_go(self, opener: Opener) -> None:
         with self._openers_lock:
@@ -166,7 +193,7 @@ class Zram:
         """The figures of this moment; zeros where the device is not initialised."""
         counters, used, used_max, disksize = Counters(), 0, 0, 0
         try:
-            record = self._gate.enter()
+            record = self._gate.enter("statistics")
         except NotInitialised:
             pass
         else:
@@ -175,7 +202,7 @@ class Zram:
                 assert meta is not None, "the gate is open, so meta is published"
                 counters = meta.snapshot()
                 used, used_max = meta.arena.used, meta.arena.used_max
-                disksize = meta.arena.slots * PAGE
+                disksize = self._disksize
             finally:
                 self._gate.leave(record)
         with self._openers_lock:
@@ -200,6 +227,7 @@ class Zram:
             invalid_io=io.invalid_io,
             notify_free=io.notify_free,
             openers=openers,
+            in_flight=tuple(sorted(self._gate.inside())),
         )
 
     # Attributes, with zram's names and formats

@@ -76,7 +76,7 @@ class Opener:
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes. Raises Corrupt where a stored page does not decompress."""
-        record = self._gate.enter()
+        record = self._gate.enter(self.who)
         try:
             self._check(offset, length)
             return self._pages.read(offset, length)
@@ -89,7 +89,7 @@ class Opener:
     def write(self, offset: int, data: Buffer) -> None:
         """Write; `data` is the caller's again on return. Raises StoreFull at mem_limit, Corrupt
         where a page is written in part and its old content does not decompress."""
-        record = self._gate.enter()
+        record = self._gate.enter(self.who)
         try:
             self._check(offset, len(data))
             self._pages.write(offset, data)
@@ -101,7 +101,7 @@ class Opener:
 
     def discard(self, offset: int, length: int) -> None:
         """Free the pages that lie wholly in the range; they read as zeros afterwards."""
-        record = self._gate.enter()
+        record = self._gate.enter(self.who)
         try:
             self._check(offset, length)
             self._counts.add(notify_free=self._pages.discard(offset, length))
@@ -110,7 +110,7 @@ class Opener:
 
     def zero(self, offset: int, length: int) -> None:
         """Make the range read as zeros, freeing whole pages. Raises what a write raises."""
-        record = self._gate.enter()
+        record = self._gate.enter(self.who)
         try:
             self._check(offset, length)
             self._counts.add(notify_free=self._pages.zero(offset, length))
@@ -122,7 +122,7 @@ class Opener:
 
     def extents(self, offset: int, length: int, most: int) -> list[tuple[int, bool]]:
         """(bytes, is_hole) along the range, neighbours merged; the first `most` of them."""
-        record = self._gate.enter()
+        record = self._gate.enter(self.who)
         try:
             self._check(offset, length)
             return list(islice(self._pages.extents(offset, length), most))

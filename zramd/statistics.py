@@ -35,6 +35,8 @@ class Statistics:
     notify_free: int
     openers: tuple[str, ...]
     """Who holds the device open, each in a few words."""
+    in_flight: tuple[str, ...]
+    """Whose requests are under way, one entry for each: whom a reset waits for."""
 
     def mm_stat(self) -> str:
         """The line of /sys/block/zramN/mm_stat, widths included (zram_drv.c, mm_stat_show)."""

@@ -176,24 +176,35 @@ def test_something_unforeseen_in_the_server_is_an_error_and_it_goes_on(
     assert "a bug" in caplog.text
 
 
-def test_a_slow_call_does_not_keep_others_waiting(control, zram, place, monkeypatch):
-    entered, leave = threading.Event(), threading.Event()
+def test_slow_calls_do_not_keep_those_waiting_who_only_look(thread, zram, place, monkeypatch):
+    entered, leave = threading.Semaphore(0), threading.Event()
 
-    def slow(attribute):
-        entered.set()
+    def slow(attribute, value):
+        entered.release()
         assert leave.wait(30)
-        return "at last"
+        done.append(value)
 
-    monkeypatch.setattr(zram, "get", slow)
-    got = []
-    waiter = threading.Thread(target=lambda: got.append(control.get("anything")))
-    waiter.start()
-    assert entered.wait(30)
+    def change(value):
+        with Control(place) as control:
+            control.set("anything", value)
+
+    monkeypatch.setattr(zram, "set", slow)
+    done = []
+    # As many as there can be threads: who only looks is answered all the same.
+    workers = min(32, (os.cpu_count() or 1) + 4)
+    changes = [threading.Thread(target=change, args=(str(n),)) for n in range(workers + 2)]
+    for thread in changes:
+        thread.start()
+    for _ in range(workers):
+        assert entered.acquire(timeout=30)
     with Control(place) as other:
         assert other.statistics().name == "zram0"
+        assert other.get("disksize") == "0"
+    assert done == []
     leave.set()
-    waiter.join()
-    assert got == ["at last"]
+    for thread in changes:
+        thread.join()
+    assert sorted(done, key=int) == [str(n) for n in range(workers + 2)]
 
 
 def test_many_clients_at_once_are_all_served(thread, place):

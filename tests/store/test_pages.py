@@ -39,12 +39,16 @@ def pages(make) -> Pages:
 
 
 class Codec:
-    """In place of a Comp: blobs of any length asked for, and a hook in the middle of work."""
+    """In place of a Comp: blobs of any length asked for, and hooks in the middle of work."""
 
     def __init__(self) -> None:
         self.length = 100
         self.kept: dict[bytes, bytes] = {}
         self.hook: Callable[[], None] = lambda: None
+        self.hook_of_reads: Callable[[], None] = lambda: None
+
+    def close(self) -> None:
+        self.kept.clear()
 
     def stream(self):
         return self.compress, self.decompress
@@ -56,6 +60,7 @@ class Codec:
         return blob
 
     def decompress(self, blob: bytes, size: int) -> bytes:
+        self.hook_of_reads()
         return self.kept[blob]
 
 

@@ -7,7 +7,7 @@ one that ends, or does not answer, while it is being asked is ServerFailed.
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -23,12 +23,16 @@ ANSWER_S: Final = 5.0
 """How long a server may take to connect or to tell something; a live one takes milliseconds.
 Calls that change something may wait for I/O in flight, and have no limit."""
 
+PATIENCE_S: Final = 1.0
+"""How long a reset waits for I/O in flight before it is told whose that is."""
+
 
 class Control:
     """A connection to the control socket at `path`, PATH/TO/NAME/control. A context manager."""
 
     def __init__(self, path: Path) -> None:
         """Raises NoServer where nobody listens, ServerFailed where the path cannot be used."""
+        self._path = path
         self._name = path.parent.name
         self._runner = asyncio.Runner()
         try:
@@ -49,8 +53,16 @@ class Control:
     def statistics(self) -> Statistics:
         return statistics_from_reply(self._call(self._device.Statistics(), ANSWER_S))
 
-    def reset(self, *, force: bool = False) -> None:
-        self._call(self._device.Reset(force=force))
+    def reset(
+        self, *, force: bool = False, waiting: Callable[[tuple[str, ...]], None] = lambda _: None
+    ) -> None:
+        """`waiting` is called once if it takes long, with whose requests are being waited for."""
+        call = self._runner.get_loop().create_task(_within(self._device.Reset(force=force), None))
+        self._runner.run(_look_at(call, PATIENCE_S))
+        if not call.done():
+            with Control(self._path) as other:
+                waiting(other.statistics().in_flight)
+        self._call(call)
 
     def stop(self, *, force: bool = False) -> None:
         """Returns when the server has agreed to end, not when it has ended."""
@@ -130,6 +142,11 @@ async def _talk_over(sock: socket.socket) -> VarlinkClientProtocol:
 async def _within(call: Awaitable[Any], seconds: float | None) -> Any:
     async with asyncio.timeout(seconds):
         return await call
+
+
+async def _look_at(task: "asyncio.Task[Any]", seconds: float) -> None:
+    """Let it go on for so long, or until it ends."""
+    await asyncio.wait({task}, timeout=seconds)
 
 
 async def _hang_up(protocol: VarlinkClientProtocol) -> None:

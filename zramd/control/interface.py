@@ -8,9 +8,11 @@ Every error travels as `Failed`, with the slug that names its class in zramd.err
 client raises the same error that the device did.
 
 Guarantees
-1. No call blocks the event loop: the device is asked in a thread, since a reset waits for the
-   requests that are inside, and writing disksize may allocate much.
-2. Stop goes through a reset, so it cannot race a client that connects meanwhile: that client
+1. No call blocks the event loop: what changes the device is done in a thread, since a reset waits
+   for the requests that are inside, and writing disksize may allocate much. What only looks waits
+   for nothing and needs no thread, so it is answered also while all threads wait for a reset.
+2. What was begun is done, whether its caller waits for the end of it or is gone.
+3. Stop goes through a reset, so it cannot race a client that connects meanwhile: that client
    either makes it fail with DeviceBusy, or is refused for want of a disksize.
 
 The client uses DeviceInterface for its signatures only; this module must not load a compressor.
@@ -37,7 +39,10 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 # The reply of Statistics has the fields of the dataclass; varlink knows lists, not tuples.
-_FIELDS = {f.name: f.type for f in dataclasses.fields(Statistics)} | {"openers": list[str]}
+_LISTS = ("openers", "in_flight")
+_FIELDS = {f.name: f.type for f in dataclasses.fields(Statistics)} | dict.fromkeys(
+    _LISTS, list[str]
+)
 _StatisticsReply: Any = TypedDict("_StatisticsReply", _FIELDS)  # type: ignore[misc]
 
 
@@ -55,7 +60,7 @@ class Failed(TypedVarlinkErrorReply, interface=INTERFACE):
 
 
 def statistics_from_reply(reply: dict[str, Any]) -> Statistics:
-    return Statistics(**reply | {"openers": tuple(reply["openers"])})
+    return Statistics(**reply | {name: tuple(reply[name]) for name in _LISTS})
 
 
 class DeviceInterface(VarlinkInterface, name=INTERFACE):
@@ -69,38 +74,38 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
         self._stop = stop
 
     @varlinkmethod(return_parameter="value")
-    async def Get(self, attribute: str) -> str:
+    def Get(self, attribute: str) -> str:
         """The text of an attribute, as reading /sys/block/zramN/ATTRIBUTE gives it."""
-        return await _ask(self._zram.get, attribute)
+        return _ask(self._zram.get, attribute)
 
     @varlinkmethod
     async def Set(self, attribute: str, value: str) -> None:
         """Write an attribute, as writing to /sys/block/zramN/ATTRIBUTE does."""
-        await _ask(self._zram.set, attribute, value)
+        await asyncio.to_thread(_ask, self._zram.set, attribute, value)
 
     @varlinkmethod(return_type=_StatisticsReply)
-    async def Statistics(self) -> dict[str, Any]:
+    def Statistics(self) -> dict[str, Any]:
         """All figures of the device at one moment: bytes, or pages of 4096 bytes."""
-        now = await _ask(self._zram.statistics)
-        return dataclasses.asdict(now) | {"openers": list(now.openers)}
+        now = _ask(self._zram.statistics)
+        return dataclasses.asdict(now) | {name: list(getattr(now, name)) for name in _LISTS}
 
     @varlinkmethod
     async def Reset(self, force: bool = False) -> None:
         """Drop all pages and the disksize. Refused while the device is open; force ends its
         connections instead."""
-        await _ask(self._zram.reset, force=force)
+        await asyncio.to_thread(_ask, self._zram.reset, force=force)
 
     @varlinkmethod
     async def Stop(self, force: bool = False) -> None:
         """Reset, then end the server. Refused as Reset is."""
-        await _ask(self._zram.reset, force=force)
+        await asyncio.to_thread(_ask, self._zram.reset, force=force)
         self._stop()
 
 
-async def _ask(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call the device in a thread; what it raises becomes a reply."""
+def _ask(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call the device; what it raises becomes a reply."""
     try:
-        return await asyncio.to_thread(function, *args, **kwargs)
+        return function(*args, **kwargs)
     except ZramdError as error:
         raise Failed(slug=error.slug, message=error.message, hint=error.hint) from error
     except Exception as error:

@@ -81,7 +81,11 @@ class Pages:
         self._slot_locks = [threading.Lock() for _ in range(_STRIPES)]
 
     def close(self) -> None:
-        """Free everything. No call is under way, and none will come."""
+        """Free everything. No call is under way, and none will come.
+
+        Who still holds this object, such as an opener of before, holds next to nothing by it.
+        """
+        self.comp.close()
         self.pool.close()
         self.arena.close()
 

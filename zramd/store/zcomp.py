@@ -157,3 +157,7 @@ class Comp:
         except AttributeError:
             stream = self._local.stream = self._make(self._level)
         return stream
+
+    def close(self) -> None:
+        """Drop the streams of all threads. None is in use, and none will be asked for."""
+        self._local = threading.local()
