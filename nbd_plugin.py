@@ -9,14 +9,21 @@ stands (a checkout), and in the environment of $VIRTUAL_ENV or in `.venv` beside
 is of the same Python minor version.
 
 The control socket is that of `zramd serve`, so every verb works on a device that nbdkit carries.
-With `-U` as above, `zramd attach` finds the device too. A forced reset cannot end nbdkit's
-connections: they stay, and answer EIO.
+With `-U` as above, `zramd attach` finds the device too.
 """
 
+import ctypes
+import fcntl
 import os
 import site
+import socket
 import sys
+import termios
+import threading
+import time
 import traceback
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,7 +63,8 @@ _find_packages(Path(__file__).resolve().parent)
 from zramd import __version__, sizes  # noqa: E402 - only now can it be found
 from zramd.control.server import ControlThread  # noqa: E402
 from zramd.device import Zram  # noqa: E402
-from zramd.errors import BadValue, ZramdError  # noqa: E402
+from zramd.errors import BadValue, NotInitialised, ZramdError  # noqa: E402
+from zramd.nbd.connection import LINGER_SECONDS, QUIET_SECONDS  # noqa: E402
 from zramd.nbd.transmission import MAX_PAYLOAD  # noqa: E402
 from zramd.opener import Opener  # noqa: E402
 from zramd.service.runtime import Claim, check_name, claim  # noqa: E402
@@ -68,16 +76,31 @@ from zramd.store.zcomp import NAMES  # noqa: E402
 _MOST_BYTES = 1 << 30
 _MOST_EXTENTS = 1024
 
+_GILSTATE_LOCKED = 0  # PyGILState_STATE: the caller had it before PyGILState_Ensure, too
+
 _format_exception = traceback.format_exception
 
 
 def _format_briefly(*args, **kwargs):  # type: ignore[no-untyped-def]
     """nbdkit logs an exception through traceback.format_exception. Ours are said in one line: it
-    is all the user needs, and a full store would else format a thousand tracebacks a second."""
-    error = next((arg for arg in args if isinstance(arg, ZramdError)), None)
-    if error is None:
-        return _format_exception(*args, **kwargs)
-    return [error.line()]
+    is all the user needs, and a full store would else format a thousand tracebacks a second.
+
+    nbdkit 1.32 then never drops the exception. So it is emptied here, or each would keep its frames
+    with all that these hold.
+    """
+    error = next((arg for arg in args if isinstance(arg, BaseException)), None)
+    try:
+        return (
+            [error.line()] if isinstance(error, ZramdError) else _format_exception(*args, **kwargs)
+        )
+    finally:
+        for trace in (arg for arg in args if isinstance(arg, types.TracebackType)):
+            traceback.clear_frames(trace)
+            trace.tb_next = None
+        if error is not None:
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+            error.args = ()
+            error.__dict__.clear()
 
 
 traceback.format_exception = _format_briefly
@@ -90,6 +113,8 @@ class _Plugin:
     zram: Zram
     claim: Claim
     control: ControlThread
+    refused = 0
+    """Requests that met a device which is not initialised."""
 
 
 _plugin = _Plugin()
@@ -143,6 +168,7 @@ def get_ready() -> None:
 def after_fork() -> None:
     """Threads made before the fork would not survive it."""
     _plugin.claim.adopt()
+    _plugin.zram.on_reset.append(_end_connections)
     path = _plugin.claim.paths.control_socket
     _plugin.control = ControlThread(_plugin.zram, path, nbdkit.shutdown)
     _plugin.control.start()
@@ -163,6 +189,82 @@ def dump_plugin() -> None:
     print(f"zramd_python={sys.version.split()[0]}")
 
 
+# The end of a generation
+
+
+def _end_connections() -> None:
+    """After a forced reset: nbdkit's connections end, once what was sent has been answered (EIO).
+
+    Which connection is whose nbdkit does not tell, so one that is in its handshake just now ends
+    with the others.
+    """
+    clients = list(_clients())
+    threading.Thread(target=_end_when_quiet, args=(clients,), name="end", daemon=True).start()
+
+
+def _end_when_quiet(clients: list[socket.socket]) -> None:
+    """nbdkit 1.32 has no call for it, but a socket with nothing more to read is a client that has
+    left. It must not be cut while the client sends: the kernel would lose the answers that are on
+    their way (zramd/nbd/connection.py tells why). We cannot keep answers back here, so wait until
+    nobody has anything under way, or goes on and on in spite of all errors."""
+    refused = _plugin.refused
+    now = quiet_since = time.monotonic()
+    deadline = now + LINGER_SECONDS
+    while now - quiet_since < QUIET_SECONDS and now < deadline:
+        time.sleep(QUIET_SECONDS / 4)
+        now = time.monotonic()
+        if _plugin.refused != refused or any(map(_has_unread, clients)):
+            refused, quiet_since = _plugin.refused, now
+    for client in clients:
+        try:
+            client.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # it has left already
+        client.close()
+
+
+def _has_unread(sock: socket.socket) -> bool:
+    count = bytearray(4)
+    fcntl.ioctl(sock, termios.FIONREAD, count)
+    return any(count)
+
+
+def _clients() -> Iterator[socket.socket]:
+    """A descriptor of our own for each connection to a socket on which nbdkit listens."""
+    sockets = list(_stream_sockets())
+    control = os.fspath(_plugin.claim.paths.control_socket)
+    listening = {_place(sock) for sock in sockets if _listens(sock)} - {control}
+    for sock in sockets:
+        if _place(sock) in listening and not _listens(sock):
+            yield sock
+        else:
+            sock.close()
+
+
+def _listens(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _stream_sockets() -> Iterator[socket.socket]:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            sock = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue  # closed meanwhile
+        if sock.type == socket.SOCK_STREAM:
+            yield sock
+        else:
+            sock.close()
+
+
+def _place(sock: socket.socket) -> object:
+    """Where a socket is bound, as far as it is the same for a listening one and what it accepts."""
+    name = sock.getsockname()
+    return name if isinstance(name, str) else name[1]  # a path, or a port whatever its host
+
+
 # Exports and connections
 
 
@@ -180,13 +282,19 @@ def open(readonly: bool) -> Opener:
     if name not in ("", _plugin.zram.name):
         _fail(BadValue(f"there is no export {name!r}", hint=f"ask for {_plugin.zram.name}"))
     try:
-        return _plugin.zram.open("nbdkit connection")
+        opener = _plugin.zram.open("nbdkit connection")
     except ZramdError as error:
         _fail(error)
+    # nbdkit gives a thread back to Python after every call. What is kept by thread (the gate's
+    # record, the compressor's streams) would be made anew for every request: hold the thread, one
+    # for each connection, until `close`.
+    ctypes.pythonapi.PyGILState_Ensure()
+    return opener
 
 
 def close(opener: Opener) -> None:
     opener.close()
+    ctypes.pythonapi.PyGILState_Release(_GILSTATE_LOCKED)
 
 
 def get_size(opener: Opener) -> int:
@@ -292,5 +400,6 @@ def extents(opener: Opener, count: int, offset: int, flags: int) -> list[tuple[i
 
 def _fail(error: ZramdError) -> NoReturn:
     """Answer with the error's own errno; nbdkit makes EIO of an exception alone."""
+    _plugin.refused += isinstance(error, NotInitialised)
     nbdkit.set_error(error.errno)
     raise error

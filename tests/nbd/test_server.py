@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from tests.nbd.harness import RawClient, RunningServer, request, wait_for
+from tests.nbd.harness import DEADLINE_S, RawClient, RunningServer, request, wait_for
 from zramd.device import Zram
 from zramd.errors import BadValue, DeviceBusy, ServerExists
 from zramd.nbd import connection, transmission, wire
@@ -507,6 +507,95 @@ def test_a_forced_reset_ends_the_connections_after_what_was_admitted(address, zr
         assert openers(zram) == openers(zram)[:1]
 
 
+class LikeTheKernel:
+    """A client that keeps so many requests under way as nbd.ko does: with an answer it sends at
+    once, and when a send fails it shuts its socket down and reads what has arrived by then."""
+
+    def __init__(self, address, under_way, payload):
+        self.client = RawClient(address)
+        self.sent, self.answers = 0, []
+        self._payload = payload
+        self._sending = True
+        for _ in range(under_way):
+            self.send()
+
+    def send(self):
+        size = len(self._payload)
+        try:
+            self.client.send(request(NBD_CMD_WRITE, 0, size, cookie=self.sent) + self._payload)
+            self.sent += 1
+        except (BrokenPipeError, ConnectionResetError):
+            self._sending = False
+            try:
+                self.client.sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def run(self, stop_after_errors):
+        errors = 0
+        try:
+            while True:
+                self.answers.append(self.client.reply())
+                errors += self.answers[-1][1] != 0
+                if self._sending and errors <= stop_after_errors:
+                    self.send()
+        except (EOFError, ConnectionResetError):
+            pass
+
+
+@pytest.mark.parametrize("stop_after_errors", [0, 1 << 30], ids=["it stops", "it goes on"])
+@pytest.mark.parametrize("size", [512, 4096, INLINE])
+def test_a_forced_reset_leaves_no_request_of_a_kernel_unanswered(
+    running, address, zram, size, stop_after_errors
+):
+    for _ in range(5):
+        kernel = LikeTheKernel(address, 16, bytes(size))
+        thread = threading.Thread(target=kernel.run, args=(stop_after_errors,))
+        thread.start()
+        wait_for(lambda kernel=kernel: len(kernel.answers) > 50)
+        zram.reset(force=True)
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+        assert sorted(cookie for cookie, _ in kernel.answers) == list(range(kernel.sent))
+        assert {error for _, error in kernel.answers} <= {0, EIO}
+        kernel.client.sock.close()
+        zram.init(SIZE)
+
+
+def test_a_peer_that_sends_without_end_is_cut_all_the_same(running, address, zram, monkeypatch):
+    monkeypatch.setattr(connection, "QUIET_SECONDS", 3600)
+    with RawClient(address) as client:
+        (served,) = running.server.live
+        zram.reset(force=True)
+        wait_for(lambda: served._refusal)
+        stream = [request(NBD_CMD_READ, 0, 512, cookie=n) for n in range(connection._MOST_GATHERED)]
+        client.send(b"".join(stream[:-1]))
+        wait_for(lambda: len(served._gathered) == len(stream) - 1)
+        running.ask(served._end_when_quiet)
+        assert not served._cut
+        client.send(stream[-1])
+        wait_for(lambda: len(served._gathered) == len(stream))
+        running.ask(served._end_when_quiet)
+        assert [client.reply() for _ in stream] == [(n, EIO) for n in range(len(stream))]
+        assert client.ended()
+
+
+def test_a_peer_that_is_never_quiet_is_cut_when_its_time_is_over(
+    running, address, zram, monkeypatch
+):
+    monkeypatch.setattr(connection, "QUIET_SECONDS", 3600)
+    with RawClient(address) as client:
+        (served,) = running.server.live
+        zram.reset(force=True)
+        wait_for(lambda: served._refusal)
+        client.send(request(NBD_CMD_READ, 0, 512))
+        wait_for(lambda: served._gathered)
+        served._deadline = 0.0
+        running.ask(served._end_when_quiet)
+        assert client.reply() == (1, EIO)
+        assert client.ended()
+
+
 def test_a_reset_spares_the_connections_of_the_next_generation(running, address, zram):
     zram.reset(force=True)
     zram.init(MIB)
@@ -613,19 +702,19 @@ def test_close_answers_what_is_in_flight_and_refuses_the_rest(zram, tmp_path, he
         (served,) = (c for c in running.server.live if c.serving)
         wait_for(lambda: not served._reading)
         closing = running.begin(running.server.close())
-        refused = [client.reply() for _ in range(more)]
-        assert refused == [(in_flight + n, ESHUTDOWN) for n in range(more)]
+        wait_for(lambda: served._refusal)
         haggling.send(wire.CLIENT_FLAGS.pack(3) + wire.pack_option(wire.NBD_OPT_LIST))
         reply = wire.OPTION_REPLY.unpack(haggling.receive(20))[2]
         assert reply == wire.NBD_REP_ERR_SHUTDOWN
         held.set()
-        answered = set()
-        for _ in range(in_flight):
+        answered = {}
+        for _ in range(in_flight + more):
             cookie, error = client.reply()
-            assert error == 0
-            client.receive(LONG)
-            answered.add(cookie)
-        assert answered == set(range(in_flight))
+            answered[cookie] = error
+            if not error:
+                client.receive(LONG)
+        assert [answered[n] for n in range(in_flight)] == [0] * in_flight
+        assert [answered[in_flight + n] for n in range(more)] == [ESHUTDOWN] * more
         assert client.ended()
         closing.result(30)
         assert running.server.connections == 0

@@ -3,9 +3,10 @@
     attach(name, socket, export="", via=None) -> Attachment     # .node is ready, with its size
     detach(name) -> None                                        # idempotent
     attached(name) -> Attachment | None
+    cut(attachment) -> None                 # the server has dropped the device
 
-Two ways, each a module with `missing`, `attach`, `find`, `alive` and `clear`: `nbd`, the kernel's
-own NBD client, and `loop`, nbdfuse under a loop device, for kernels without nbd.
+Two ways, each a module with `missing`, `attach`, `find`, `alive`, `cut` and `clear`: `nbd`, the
+kernel's own NBD client, and `loop`, nbdfuse under a loop device, for kernels without nbd.
 
 Promises
 1. Nothing is remembered in a file: an attachment is found by what the kernel says about it. So a
@@ -49,6 +50,7 @@ class _Way(Protocol):
     def attach(self, directory: Path, server: Path, export: str) -> str: ...
     def find(self, directory: Path) -> str | None: ...
     def alive(self, node: str) -> bool: ...
+    def cut(self, node: str) -> None: ...
     def clear(self, directory: Path) -> None: ...
 
 
@@ -106,6 +108,12 @@ def attached(name: str) -> Attachment | None:
         if node is not None:
             return Attachment(name, node, via)
     return None
+
+
+def cut(attachment: Attachment) -> None:
+    """End the connection of a node whose device has been reset: whatever the kernel waits for there
+    fails now. The node stays as long as it is in use. Raises AttachFailed."""
+    _WAYS[attachment.via].cut(attachment.node)
 
 
 def _clear(name: str) -> None:

@@ -66,6 +66,10 @@ def alive(node: str) -> bool:
     return answers(node)
 
 
+def cut(node: str) -> None:
+    """Nothing: nbdfuse fails every request by itself, from its server's end on."""
+
+
 def clear(directory: Path) -> None:
     """Take node, mount and directory away, as far as they are there; nbdfuse may be dead."""
     failed: list[ZramdError] = []

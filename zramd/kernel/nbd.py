@@ -107,7 +107,7 @@ def clear(directory: Path) -> None:
     node = find(directory)
     if node is None:
         return
-    _disconnect(node)
+    cut(node)
     if not tools.wait_until(lambda: find(directory) != node):
         raise AttachFailed(
             f"{node} is disconnected, but something keeps it open",
@@ -121,10 +121,11 @@ def cut_if_dead(node: str) -> None:
     Any other node, one of another kind too, is left alone.
     """
     if re.fullmatch(r"/dev/nbd\d+", node) and not alive(node):
-        _disconnect(node)
+        cut(node)
 
 
-def _disconnect(node: str) -> None:
+def cut(node: str) -> None:
+    """End the node's connection. Requests under way get EIO, and so do all that come."""
     try:
         netlink.nbd_disconnect(int(node.removeprefix("/dev/nbd")))
     except OSError as error:

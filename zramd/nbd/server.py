@@ -3,8 +3,8 @@
 Promises:
 1. A unix socket has mode 0600 from its first moment; a stale one is replaced, a live one and
    anything that is no socket stay untouched, and we remove none but our own.
-2. A forced reset of the device ends the connections that were open before it, after what was
-   admitted has been answered; those of the next generation live on.
+2. A forced reset of the device ends the connections that were open before it, after all that was
+   sent has been answered, with EIO where it was not admitted; those of the next generation live on.
 3. After `close` nothing is left: no socket, no connection, no thread, no Opener.
 
 Assumes: everything but the device's callback is called on the event loop; two servers are not
@@ -85,8 +85,8 @@ class Server:
             _unlink_if_ours(path, bound)
         self._listeners, self._sockets, self.addresses = [], [], []
         serving = [connection for connection in self.live if connection.serving]
-        for connection in self.live:
-            connection.end()
+        for connection in list(self.live):
+            connection.end(errno.ESHUTDOWN)
         if serving:
             await asyncio.wait([c.gone for c in serving], timeout=LINGER_SECONDS)
         # What is left has not finished its handshake, or does not read.
@@ -108,7 +108,7 @@ class Server:
     def _end_old_generation(self) -> None:
         for connection in list(self.live):
             if connection.outdated:
-                connection.end()
+                connection.end(errno.EIO)
 
 
 def _bind_unix(address: UnixAddress) -> socket.socket:
