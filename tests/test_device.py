@@ -670,17 +670,20 @@ def test_a_reset_interrupted_while_it_waits_changes_nothing(zram, opener, monkey
 
 
 class Held(Codec):
-    """A compressor that stops until it is told to go on."""
+    """A compressor that stops, in reads and in writes, until it is told to go on; or to fail."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reached = threading.Event()
         self.go = threading.Event()
-        self.hook = self.hold
+        self.fails = False
+        self.hook = self.hook_of_reads = self.hold
 
     def hold(self) -> None:
         self.reached.set()
         assert self.go.wait(DEADLINE)
+        if self.fails:
+            raise RuntimeError
 
 
 def in_thread(job: Callable[[], object]) -> threading.Thread:
@@ -689,15 +692,33 @@ def in_thread(job: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("offset", [0, 1], ids=["whole page", "part of a page"])
-def test_reset_waits_for_the_request_inside_and_frees_nothing_before(zram, opener, offset):
+HELD = {
+    "a write": lambda opener: opener.write(0, noise(1)),
+    "a write of a part": lambda opener: opener.write(1, noise(1)[1:]),
+    "a read": lambda opener: opener.read(0, PAGE),
+    "a read of a part": lambda opener: opener.read(5, 10),
+    "a zero of a part": lambda opener: opener.zero(0, 10),
+}
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+@pytest.mark.parametrize("job", HELD)
+def test_reset_waits_for_the_request_inside_and_frees_nothing_before(zram, opener, job, fails):
     meta = zram._meta
     meta.comp = held = Held()
+    held.go.set()
+    opener.write(0, noise(2))
+    held.go.clear()
+    held.reached.clear()
+    held.fails = fails
     results = []
 
     def request() -> None:
-        opener.write(offset, noise(1)[offset:])
-        results.append("written")
+        try:
+            HELD[job](opener)
+        except RuntimeError:
+            assert fails
+        results.append("done")
 
     writer = in_thread(request)
     assert held.reached.wait(DEADLINE)
@@ -718,11 +739,49 @@ def test_reset_waits_for_the_request_inside_and_frees_nothing_before(zram, opene
     held.go.set()
     resetter.join(DEADLINE)
     writer.join(DEADLINE)
-    assert sorted(results) == ["reset", "written"]
+    assert sorted(results) == ["done", "reset"]
     assert meta.arena.map.closed
     assert state(zram) == FRESH
     zram.init(4096)
     assert zram.open("newcomer").read(0, PAGE) == ZEROS
+
+
+def test_a_hundred_readers_that_overlap_cannot_starve_a_reset(zram, opener):
+    """Each stays in the codec until another has come in after it, so at no moment before the reset
+    is nobody inside."""
+    opener.write(0, noise(1))
+    came = 0
+    changed = threading.Condition()
+    zram._meta.comp = codec = Codec()
+    opener.write(0, noise(1))
+
+    def overlap() -> None:
+        nonlocal came
+        with changed:
+            came += 1
+            mine = came
+            changed.notify_all()
+            closed = lambda: not zram._gate.init_done  # noqa: E731
+            while not (came > mine or closed()):
+                changed.wait(0.01)  # the gate tells nobody that it closes
+
+    codec.hook_of_reads = overlap
+    refused = []
+
+    def read() -> None:
+        try:
+            while True:
+                opener.read(0, PAGE)
+        except NotInitialised:
+            refused.append(1)
+
+    readers = [in_thread(read) for _ in range(100)]
+    until(lambda: came > 300)
+    zram.reset(force=True)
+    for reader in readers:
+        reader.join(DEADLINE)
+        assert not reader.is_alive()
+    assert len(refused) == 100
 
 
 def test_an_init_during_a_reset_waits_so_two_tables_never_exist_at_once(zram, opener, monkeypatch):

@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 
 from zramd import sizes
 from zramd.control.server import ControlServer
@@ -66,7 +66,9 @@ async def _serve(zram: Zram, paths: Paths, listen: Sequence[Address], background
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     server = Server(zram)
     control = ControlServer(zram, paths.control_socket, ended.set)
-    try:
+    async with AsyncExitStack() as ends:  # one that fails, or is cancelled, does not keep the other
+        ends.push_async_callback(control.close)
+        ends.push_async_callback(server.close)
         await server.listen(UnixAddress(paths.nbd_socket))
         for address in listen:
             await server.listen(address)
@@ -74,9 +76,6 @@ async def _serve(zram: Zram, paths: Paths, listen: Sequence[Address], background
         _ready(zram, paths, listen, background)
         await ended.wait()
         notify("STOPPING=1")
-    finally:
-        await server.close()
-        await control.close()
 
 
 def _ready(zram: Zram, paths: Paths, listen: Sequence[Address], background: bool) -> None:
