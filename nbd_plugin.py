@@ -60,7 +60,7 @@ def _find_packages(here: Path) -> None:
 
 _find_packages(Path(__file__).resolve().parent)
 
-from zramd import __version__, sizes  # noqa: E402 - only now can it be found
+from zramd import __version__, heap, sizes  # noqa: E402 - only now can it be found
 from zramd.control.server import ControlThread  # noqa: E402
 from zramd.device import Zram  # noqa: E402
 from zramd.errors import BadValue, NotInitialised, ZramdError  # noqa: E402
@@ -138,6 +138,7 @@ def config_complete() -> None:
     for needed in ("name", "disksize"):
         if needed not in given:
             raise BadValue(f"the parameter {needed} is missing", hint="name=zram0 disksize=1G")
+    heap.use_one_arena()
     zram = _plugin.zram = Zram(check_name(given["name"]))
     if "algorithm" in given:
         zram.set("comp_algorithm", given["algorithm"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -621,6 +622,44 @@ def test_a_forced_reset_tells_the_servers_when_all_is_freed_and_nobody_can_have_
     assert told == [True]
     assert zram.open("in time").size == 1 << 20
     zram.on_reset.clear()
+
+
+def test_who_keeps_an_opener_of_before_keeps_nothing_of_what_was_reset(zram, opener):
+    """Not the pool's account of it, and not the compressor's streams, of whatever thread."""
+
+    class Stream:
+        def __getitem__(self, which):
+            return lambda page, *_: bytes(page[:50])
+
+    streams = []
+
+    def make(_level):
+        stream = Stream()
+        streams.append(weakref.ref(stream))
+        return stream
+
+    meta = zram._meta
+    meta.comp.close()
+    meta.comp._make = make
+    written, over = threading.Event(), threading.Event()
+
+    def write_and_stay() -> None:
+        opener.write(0, noise(1))
+        written.set()
+        over.wait(DEADLINE)
+
+    thread = in_thread(write_and_stay)
+    assert written.wait(DEADLINE)
+    opener.write(PAGE, noise(2))
+    assert [stream() is None for stream in streams] == [False, False]
+    assert meta.pool.spans
+    zram.reset(force=True)
+    assert thread.is_alive()
+    assert [stream() is None for stream in streams] == [True, True]
+    assert meta.pool.spans == {}
+    assert not meta.pool._partial
+    over.set()
+    thread.join(DEADLINE)
 
 
 def test_a_reset_that_closes_nobody_tells_nobody(zram):

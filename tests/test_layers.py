@@ -17,7 +17,7 @@ LAYERS = [
     {"zramd.opener"},
     {"zramd.gate"},
     {"zramd.store"},
-    {"zramd.statistics", "zramd.sizes"},
+    {"zramd.statistics", "zramd.sizes", "zramd.heap"},
     {"zramd.errors"},
     {"zramd"},
 ]

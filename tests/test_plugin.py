@@ -203,6 +203,58 @@ for connection in (h, idle):
     assert serving.zramd("reset", "zram0").returncode == 0
 
 
+def test_a_connection_has_one_record_in_the_gate_and_one_compressor_for_all_its_requests(
+    nbdkit, tmp_path
+):
+    """And a refused request leaves nothing that is large: nbdkit never drops its exception."""
+    told = tmp_path / "told"
+    spy = tmp_path / "spy.py"
+    spy.write_text(f"""
+import builtins
+__file__ = {str(PLUGIN)!r}
+exec(builtins.open(__file__).read())
+def flush(opener, flags):
+    import gc, types
+    held = [o for o in gc.get_objects() if isinstance(o, StoreFull) and o.__traceback__]
+    now = _plugin.zram._gate._records, streams, held
+    with builtins.open({str(told)!r}, "w") as file:
+        file.write(repr([len(o) for o in now]))
+from zramd.errors import StoreFull
+from zramd.store.zcomp import Comp
+streams = []
+_make = Comp.stream
+def stream(self):
+    if not hasattr(self._local, "stream"):
+        streams.append(1)
+    return _make(self)
+Comp.stream = stream
+""")
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import nbd, os
+h = nbd.NBD()
+h.connect_unix({str(nbdkit.socket)!r})
+refused = 0
+for n in range(300):
+    try:
+        h.pwrite(os.urandom(4096), n * 4096)
+    except nbd.Error as error:
+        assert error.errnum == {errno.ENOSPC}
+        refused += 1
+    h.pread(4096, n * 4096)
+assert refused > 200
+h.flush()
+""")
+    done = nbdkit.run(
+        *("python", str(spy), "name=zram0", "disksize=16M", "mem_limit=128K"),
+        *("--run", f"/usr/bin/python3 {script}"),
+    )
+    assert done.returncode == 0, done.stderr
+    records, made, held = json.loads(told.read_text())
+    assert (records, made) == (1, 2)  # a stream of the main thread's, too, from init
+    assert held <= 1
+
+
 def test_a_strange_export_is_refused(serving):
     done = subprocess.run(
         [require.program("nbdinfo"), f"nbd+unix:///strange?socket={serving.socket}"],

@@ -229,6 +229,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zramd.device, "threading", threading)
     monkeypatch.setattr(zramd.gate, "kick", schedules.kick)
     monkeypatch.setattr(zramd.device, "Pages", Store.build)
+    monkeypatch.setattr(zramd.device, "heap", SimpleNamespace(trim=int))
     monkeypatch.setattr(zramd.device, "Comp", lambda _algorithm: None)
     monkeypatch.setattr(
         zramd.device,
@@ -386,7 +387,7 @@ FAULTS = {
         Zram._deinit_locked,
         (
             ("self._gate.close()\n", "self._gate.close()\n        meta.close()\n"),
-            ("    if meta is not None:\n        meta.close()\n    return", "    return"),
+            ("        meta.close()\n        heap.trim()", "        pass"),
         ),
     ),
     "freeing twice": Fault(

@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from zramd import sizes
+from zramd import heap, sizes
 from zramd.errors import BadValue, DeviceBusy, NoMemory, NotInitialised, NotSupported
 from zramd.gate import Gate
 from zramd.opener import IoCounts, Opener
@@ -141,6 +141,7 @@ class Zram:
         self._io = IoCounts()
         if meta is not None:
             meta.close()
+            heap.trim()
         return closed
 
     def _claim(self, force: bool) -> None:

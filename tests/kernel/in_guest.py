@@ -3,10 +3,12 @@
 The server is the one named by ZRAMD_TEST_SERVER. Every check has a server and a device of its own.
 """
 
+import faulthandler
 import hashlib
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,8 +25,9 @@ from tests.kernel import servers
 from tests.kernel.killing import killed_at_each_line
 from tests.kernel.servers import zramd
 from tests.kernel.trees import contents, copy_tree
+from zramd.control.client import Control
 from zramd.errors import AttachFailed, DeviceBusy, NoServer, ToolMissing, UseFailed
-from zramd.kernel import attach, nbd, use
+from zramd.kernel import attach, nbd, state, use
 from zramd.service.runtime import Paths
 
 SERVER = os.environ["ZRAMD_TEST_SERVER"]
@@ -62,6 +65,79 @@ def nothing_is_left() -> bool:
         and "/dev/nbd" not in Path("/proc/swaps").read_text()
         and not Path(os.environ["ZRAMD_RUNTIME_DIR"], "g0").exists()
     )
+
+
+def inflight(node: str) -> list[str]:
+    """Reads and writes under way at the node."""
+    return Path("/sys/block", Path(node).name, "inflight").read_text().split()
+
+
+def hung() -> list[str]:
+    """The processes, the kernel's own among them, that nothing can wake but what they wait for."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            name, _, rest = (process / "stat").read_text().rpartition(")")
+        except OSError:
+            continue  # it ended meanwhile
+        if rest.split()[0] == "D":
+            found.append(f"{name})")
+    return found
+
+
+def force_reset(node: str, name: str) -> None:
+    """`zramd reset --force`, after which all that the node has taken must end."""
+    zramd("reset", name, "--force")
+    servers.wait_for(lambda: inflight(node) == ["0", "0"], "the requests to end", 20)
+
+
+def down_clears_all_and_up_works(name: str, directory: Path) -> None:
+    """The end of the checks that break a device: nothing of it is in the way of the next."""
+    servers.wait_for(lambda: not hung(), "processes to wake up", 20)
+    zramd("down", name)
+    assert nothing_is_left()
+    node = zramd("up", name, "--disksize", "64M", "--mount", str(directory)).stdout.strip()
+    content = os.urandom(MIB)
+    (directory / "file").write_bytes(content)
+    os.sync()
+    forget_cached()
+    assert (directory / "file").read_bytes() == content
+    assert node == "/dev/nbd0"
+    zramd("down", name)
+    assert nothing_is_left()
+
+
+def forget_cached() -> None:
+    """From here on what is read is read from the device."""
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
+def swapped_kib() -> int:
+    """KiB on the only swap device."""
+    return int(Path("/proc/swaps").read_text().splitlines()[1].split()[3])
+
+
+def swapped_out(seed: int) -> mmap.mmap:
+    """8 MiB of a process's memory that are on the swap device, and nowhere else."""
+    memory = mmap.mmap(-1, 8 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(random.Random(seed).randbytes(8 * MIB))
+    page_out(memory)
+    return memory
+
+
+def page_out(memory: mmap.mmap) -> None:
+    """Until it is written, and forgotten."""
+
+    def forgotten() -> bool:
+        memory.madvise(MADV_PAGEOUT)
+        cached = re.search(r"^SwapCached: +(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        assert cached is not None
+        if swapped_kib() >= len(memory) // 1024 and int(cached[1]) < 64:
+            return True
+        _ = memory[::4096]  # what is read back from the swap cache is forgotten the next time
+        return False
+
+    servers.wait_for(forgotten, "the memory to be on the swap device only", 20)
 
 
 def queue(node: str, attribute: str) -> int:
@@ -103,11 +179,11 @@ def test_a_tree_survives_a_remount_and_a_trim_frees_it(
 ) -> None:
     node = device.attach()
     use.mount(node, directory, fstype)
-    empty = servers.orig_data_size(device.name)
+    empty = servers.stored_data_size(device.name)
     size = copy_tree(directory / "tree")
     os.sync()
     copied = contents(directory / "tree")
-    full = servers.orig_data_size(device.name)
+    full = servers.stored_data_size(device.name)
     assert full - empty > size * 0.8
     use.release(node)
     use.mount(node, directory, fstype)
@@ -115,7 +191,7 @@ def test_a_tree_survives_a_remount_and_a_trim_frees_it(
     shutil.rmtree(directory / "tree")
     os.sync()
     subprocess.run(["fstrim", directory], check=True)
-    assert servers.orig_data_size(device.name) < full - size * 0.8
+    assert servers.stored_data_size(device.name) < full - size * 0.8
     use.release(node)
 
 
@@ -128,8 +204,7 @@ def test_pages_come_back_from_swap(device: Device) -> None:
     memory.write(Path(sys.executable).read_bytes()[: 16 * MIB])
     digest = hashlib.sha256(memory).digest()
     memory.madvise(MADV_PAGEOUT)
-    used = int(Path("/proc/swaps").read_text().splitlines()[1].split()[3])
-    assert used > 8 * 1024
+    assert swapped_kib() > 8 * 1024
     assert hashlib.sha256(memory).digest() == digest
     memory.madvise(MADV_PAGEOUT)
     use.release(node)
@@ -150,6 +225,191 @@ def test_reset_is_refused_while_attached_and_the_pages_stay(device: Device) -> N
     servers.wait_for(
         lambda: zramd("reset", device.name, status=None).returncode == 0, "a reset once detached"
     )
+
+
+def reset_is_refused(name: str) -> None:
+    """By the command, by the attribute, and by the server itself; all three leave it as it was."""
+    before = zramd("get", name, "disksize").stdout
+    for command in (["reset", name], ["set", name, "reset", "1"]):
+        refused = zramd(*command, status=DeviceBusy.exit_code)
+        assert refused.stderr.count("\n") == 1
+    with Control(Paths(name).control_socket) as control:
+        with pytest.raises(DeviceBusy):
+            control.reset()
+        assert control.statistics().openers
+    assert zramd("get", name, "disksize").stdout == before
+
+
+def test_reset_is_refused_while_mounted_and_the_files_stay(device: Device, directory: Path) -> None:
+    node = device.attach()
+    use.mount(node, directory)
+    content = os.urandom(2 * MIB)
+    (directory / "before").write_bytes(content)
+    os.sync()
+    reset_is_refused(device.name)
+    (directory / "after").write_bytes(content)
+    os.sync()
+    forget_cached()
+    assert (directory / "before").read_bytes() == content
+    assert (directory / "after").read_bytes() == content
+    assert device.attach() == node
+    use.release(node)
+
+
+def test_reset_is_refused_while_swapped_on_and_the_pages_stay(device: Device) -> None:
+    node = device.attach()
+    use.swapon(node)
+    memory = swapped_out(2)
+    expected = random.Random(2).randbytes(8 * MIB)
+    reset_is_refused(device.name)
+    assert memory[:] == expected
+    page_out(memory)
+    use.release(node)
+    assert memory[:] == expected
+    memory.close()
+
+
+def start_fio(
+    node: str, *options: str, depth: int = 16, seconds: int = 1000
+) -> subprocess.Popen[str]:
+    """fio with `depth` requests at a time on the node; returns when it is well under way."""
+    fio = subprocess.Popen(
+        [
+            *("fio", "--name=load", f"--filename={node}", "--rw=randrw", "--bs=4k", "--size=64M"),
+            *("--ioengine=libaio", "--direct=1", f"--iodepth={depth}", "--thread"),
+            *("--time_based", f"--runtime={seconds}", *options),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    statistics = Path("/sys/block", Path(node).name, "stat")
+
+    def under_way() -> bool:
+        reads, _, _, _, writes, *_ = map(int, statistics.read_text().split())
+        return min(reads, writes) > 300
+
+    servers.wait_for(lambda: fio.poll() is not None or under_way(), "fio to get going")
+    assert fio.poll() is None, fio.communicate()[0]
+    return fio
+
+
+def test_a_forced_reset_under_load_gives_errors_not_hangs(device: Device, directory: Path) -> None:
+    for _ in range(2):  # where the reset meets the requests is left to chance
+        node = device.attach()
+        fio = start_fio(node)
+        force_reset(node, device.name)
+        status, said = servers.end_of(fio)
+        assert status != 0
+        assert "Input/output error" in said
+        zramd("set", device.name, "disksize", "512M")
+    zramd("reset", device.name, "--force")
+    down_clears_all_and_up_works(device.name, directory)
+
+
+def test_a_forced_reset_under_load_that_ignores_errors_lets_it_come_to_its_end(
+    device: Device, directory: Path
+) -> None:
+    node = device.attach()
+    # As many as nbd takes at once: for each that fails another comes while the rest still wait.
+    fio = start_fio(node, "--continue_on_error=all", depth=128, seconds=8)
+    zramd("reset", device.name, "--force")
+    _status, said = servers.end_of(fio)
+    errors = re.search(r"errors +: total=(\d+), first_error=5/<Input/output error>", said)
+    assert errors is not None, said
+    assert int(errors[1]) > 100
+    servers.wait_for(lambda: inflight(node) == ["0", "0"], "the requests to end", 20)
+    down_clears_all_and_up_works(device.name, directory)
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_a_forced_reset_under_a_mount_gives_its_writers_errors_not_hangs(
+    device: Device, directory: Path, fstype: str
+) -> None:
+    node = device.attach()
+    use.mount(node, directory, fstype)
+    writers = []
+    for n in range(3):
+        place = directory / str(n)
+        place.mkdir()
+        writers.append(servers.start_writer(place))
+    servers.wait_for(lambda: all((directory / f"{n}/3").exists() for n in range(3)), "the writers")
+    force_reset(node, device.name)
+    for writer in writers:
+        status, said = servers.end_of(writer)
+        assert status == 1
+        assert servers.FAILED_WRITE.search(said), said
+    down_clears_all_and_up_works(device.name, directory)
+
+
+def test_down_clears_swap_whose_device_was_reset(device: Device, directory: Path) -> None:
+    node = device.attach()
+    use.swapon(node)
+    swapped_out(3).close()  # nobody needs these pages any more
+    force_reset(node, device.name)
+    down_clears_all_and_up_works(device.name, directory)
+
+
+def test_a_process_whose_pages_were_reset_gets_a_signal_and_down_clears_all(
+    device: Device, directory: Path
+) -> None:
+    node = device.attach()
+    use.swapon(node)
+    memory = swapped_out(4)
+    force_reset(node, device.name)
+    owner = os.fork()
+    if owner == 0:
+        faulthandler.disable()  # pytest's would write into the results
+        hashlib.sha256(memory)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(owner, 0)[1]) == signal.SIGBUS
+    down_clears_all_and_up_works(device.name, directory)
+    memory.close()
+
+
+def test_a_reset_device_gets_another_size_and_its_old_node_never_sees_it(device: Device) -> None:
+    node = device.attach()
+    page = os.urandom(4096)
+    write_page(node, page)
+    zramd("reset", device.name, "--force")
+    zramd("set", device.name, "disksize", "128M")
+    # The kernel has let the connection go, and with it the node's size.
+    with pytest.raises(OSError, match=r"Errno (5|28)"):
+        write_page(node, page)
+    assert not state.answers(node)
+    node = device.attach()
+    assert queue(node, "size") * 512 == 128 * MIB
+    with open(node, "rb") as disk:
+        assert disk.read(4096) == bytes(4096)
+    write_page(node, page)
+    zramd("detach", device.name)
+
+
+def test_after_a_reset_an_old_connection_beside_the_new_one_never_sees_it(device: Device) -> None:
+    """nbd-client's, which `attach` does not know and so does not replace."""
+    server = str(Paths(device.name).nbd_socket)
+    subprocess.run(
+        ["nbd-client", "-unix", server, "/dev/nbd0", "-N", device.name, "-b", "4096"], check=True
+    )
+    try:
+        zramd("reset", device.name, "--force")
+        zramd("set", device.name, "disksize", "128M")
+        node = device.attach()
+        assert node == "/dev/nbd1"
+        assert queue(node, "size") * 512 == 128 * MIB
+        assert state.answers(node)
+        assert not state.answers("/dev/nbd0")
+        zramd("detach", device.name)
+    finally:
+        subprocess.run(["nbd-client", "-d", "/dev/nbd0"], check=True)
+    assert queue("/dev/nbd0", "size") == 0
+
+
+def write_page(node: str, page: bytes) -> None:
+    with open(node, "r+b") as disk:
+        disk.write(page)
+        disk.flush()
+        os.fsync(disk.fileno())
 
 
 def test_what_is_in_use_is_not_detached(device: Device, directory: Path) -> None:
@@ -207,8 +467,7 @@ def test_detach_ends_a_request_that_a_killed_server_left_hanging(device: Device)
     node = device.attach()
     device.server.send_signal(signal.SIGSTOP)
     reader = subprocess.Popen(["dd", f"if={node}", "of=/dev/null", "iflag=direct", "count=1"])
-    inflight = Path("/sys/block", Path(node).name, "inflight")
-    servers.wait_for(lambda: inflight.read_text().split() != ["0", "0"], "a request under way")
+    servers.wait_for(lambda: inflight(node) != ["0", "0"], "a request under way")
     servers.kill(device.server)
     zramd("detach", device.name)
     assert reader.wait() != 0
@@ -223,8 +482,7 @@ def test_down_clears_a_mount_whose_server_was_killed(
     (directory / "dirty").write_bytes(os.urandom(8 * MIB))
     device.server.send_signal(signal.SIGSTOP)
     syncing = subprocess.Popen(["sync", "-f", directory])
-    inflight = Path("/sys/block", Path(node).name, "inflight")
-    servers.wait_for(lambda: inflight.read_text().split() != ["0", "0"], "a write under way")
+    servers.wait_for(lambda: inflight(node) != ["0", "0"], "a write under way")
     servers.kill(device.server)
     servers.wait_for(lambda: _down_succeeds(device.name), "down")
     syncing.wait()

@@ -1,6 +1,8 @@
 """A device's server, started as users start it, and the verbs of the command line."""
 
+import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,9 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zramd.service.runtime import Paths
+from zramd.store import PAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = ("zramd", "nbdkit")
+FAILED_WRITE = re.compile(rf"OSError: \[Errno ({errno.EIO}|{errno.EROFS})\]")
+"""What a writer ends with, when the device below has failed: at once, or the file system first."""
+
+_WRITER = """
+import itertools, os, sys
+for n in itertools.count():
+    with open(f"{sys.argv[1]}/{n % 10}", "wb", buffering=0) as file:
+        file.write(os.urandom(1 << 18))
+        os.fsync(file)
+"""
 
 
 def zramd(*arguments: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
@@ -67,9 +80,39 @@ def kill(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def orig_data_size(name: str) -> int:
-    """Bytes stored in the device, uncompressed, as zram's mm_stat tells it."""
-    return int(zramd("get", name, "mm_stat").stdout.split()[0])
+def stored_data_size(name: str) -> int:
+    """Bytes stored in the device, uncompressed, in pages that are not same-filled.
+
+    Zeros that a file system writes in the background (ext4 fills its inode tables when it is
+    mounted first) are left out, or they would disturb whoever compares two moments.
+    """
+    mm_stat = zramd("get", name, "mm_stat").stdout.split()
+    orig_data_size, same_pages = int(mm_stat[0]), int(mm_stat[5])
+    return orig_data_size - same_pages * PAGE
+
+
+def start_writer(directory: Path) -> subprocess.Popen[str]:
+    """A process that writes files 0 to 9 again and again, synced, until that fails."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _WRITER, os.fspath(directory)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end_of(process: subprocess.Popen[str], limit_s: float = 20) -> tuple[int, str]:
+    """Exit status and output of a process that is to end by itself; one that hangs fails the test.
+
+    What waits for a device is not ended by its kill before the device's end wakes it.
+    """
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+        process.kill()
+        raise AssertionError(f"it hangs, {limit_s} s by now: {stat}") from None
+    return process.returncode, output
 
 
 def wait_for(fact: Callable[[], bool], what: str, limit_s: float = 60) -> None:

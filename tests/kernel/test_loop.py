@@ -21,7 +21,7 @@ from tests.kernel.killing import killed_at_each_line
 from tests.kernel.servers import SERVERS, zramd
 from tests.kernel.trees import contents, copy_tree
 from zramd.errors import DeviceBusy, NoServer, UseFailed
-from zramd.kernel import attach, use
+from zramd.kernel import attach, state, use
 from zramd.service.runtime import Paths
 
 MIB = 1 << 20
@@ -129,11 +129,11 @@ def test_detach_leaves_nothing_and_may_be_repeated(device: Device) -> None:
 def test_a_tree_survives_a_remount_and_a_trim_frees_it(device: Device, directory: Path) -> None:
     node = device.attach()
     use.mount(node, directory)
-    empty = servers.orig_data_size(device.name)
+    empty = servers.stored_data_size(device.name)
     size = copy_tree(directory / "tree")
     os.sync()
     copied = contents(directory / "tree")
-    full = servers.orig_data_size(device.name)
+    full = servers.stored_data_size(device.name)
     assert full - empty > size * 0.8
     use.release(node)
     zramd("detach", device.name)
@@ -143,13 +143,62 @@ def test_a_tree_survives_a_remount_and_a_trim_frees_it(device: Device, directory
     shutil.rmtree(directory / "tree")
     os.sync()
     subprocess.run(["fstrim", directory], check=True)
-    assert servers.orig_data_size(device.name) < full - size * 0.8
+    assert servers.stored_data_size(device.name) < full - size * 0.8
     use.release(node)
 
 
 def test_reset_is_refused_while_attached(device: Device) -> None:
     device.attach()
     zramd("reset", device.name, status=DeviceBusy.exit_code)
+
+
+def test_a_forced_reset_under_load_gives_errors_not_hangs(device: Device, directory: Path) -> None:
+    node = device.attach()
+    started = _reads(node)
+    readers = [
+        subprocess.Popen(
+            ["sh", "-c", f"while dd if={node} of=/dev/null bs={size} iflag=direct; do :; done"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for size in ("4k", "64k", "1M")
+    ]
+    servers.wait_for(lambda: _reads(node) > started + 500, "the readers")
+    zramd("reset", device.name, "--force")
+    for reader in readers:
+        _status, said = servers.end_of(reader)
+        assert "Input/output error" in said
+    _down_clears_all_and_up_works(device, directory)
+
+
+def test_a_forced_reset_under_a_mount_gives_its_writer_errors_not_hangs(
+    device: Device, directory: Path
+) -> None:
+    use.mount(device.attach(), directory)
+    writer = servers.start_writer(directory)
+    servers.wait_for(lambda: (directory / "3").exists(), "the writer")
+    zramd("reset", device.name, "--force")
+    status, said = servers.end_of(writer)
+    assert status == 1
+    assert servers.FAILED_WRITE.search(said), said
+    _down_clears_all_and_up_works(device, directory)
+
+
+def test_a_reset_device_gets_another_size_and_its_old_node_never_sees_it(device: Device) -> None:
+    node = device.attach()
+    page = os.urandom(4096)
+    _write(node, page)
+    zramd("reset", device.name, "--force")
+    zramd("set", device.name, "disksize", "128M")
+    with pytest.raises(OSError, match="Errno 5"):
+        _write(node, page)
+    assert not state.answers(node)
+    node = device.attach()
+    assert int(Path("/sys/block", Path(node).name, "size").read_text()) * 512 == 128 * MIB
+    with open(node, "rb") as disk:
+        assert disk.read(4096) == bytes(4096)
+    _write(node, page)
 
 
 def test_what_is_in_use_is_not_detached(device: Device, directory: Path) -> None:
@@ -230,11 +279,29 @@ def test_up_and_down(place: Path, directory: Path) -> None:
     assert str(directory) not in Path("/proc/self/mountinfo").read_text()
 
 
+def _down_clears_all_and_up_works(device: Device, directory: Path) -> None:
+    """The end of the checks that break a device: nothing of it is in the way of the next."""
+    zramd("down", device.name)
+    assert device.traces() == []
+    command = ["up", device.name, "--disksize", "64M", "--mount", str(directory), "--via", "loop"]
+    zramd(*command)
+    (directory / "file").write_text("here")
+    os.sync()
+    assert (directory / "file").read_text() == "here"
+    zramd("down", device.name)
+    assert device.traces() == []
+
+
 def _kill(device: Device, dead: str) -> None:
     if dead != "server":
         device.kill_nbdfuse()
     if dead != "nbdfuse":
         servers.kill(device.server)
+
+
+def _reads(node: str) -> int:
+    """Read requests that the node has completed."""
+    return int(Path("/sys/block", Path(node).name, "stat").read_text().split()[0])
 
 
 def _write(node: str, page: bytes) -> None:

@@ -15,9 +15,9 @@ from tests.conftest import require
 from tests.kernel import uml
 from tests.kernel.servers import ROOT, SERVERS
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(660)]
 
-_LIMIT_S = 420
+_LIMIT_S = 600
 _IN_GUEST = Path(__file__).with_name("in_guest.py")
 _CHECKS = re.findall(r"^def (test_\w+)", _IN_GUEST.read_text(), re.MULTILINE)
 _RESULT = re.compile(r"in_guest\.py::(\w+)\S* .*?\b(PASSED|FAILED|ERROR|SKIPPED)\b")
@@ -26,7 +26,7 @@ _RESULT = re.compile(r"in_guest\.py::(\w+)\S* .*?\b(PASSED|FAILED|ERROR|SKIPPED)
 @pytest.fixture(scope="module", params=SERVERS)
 def guest(request: pytest.FixtureRequest) -> uml.Finished:
     """What one boot with this server printed."""
-    for program in ("nbdkit", "nbd-client", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"):
+    for program in ("nbdkit", "nbd-client", "fio", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"):
         require.program(program)
     return uml.run(
         *(sys.executable, "-m", "pytest", "-v", "--tb=short", "--color=no"),

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, closing
 
-from zramd import sizes
+from zramd import heap, sizes
 from zramd.control.server import ControlServer
 from zramd.device import Zram
 from zramd.errors import BadValue
@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 
 def build(name: str, disksize: int, *, algorithm: str | None, mem_limit: int | None) -> Zram:
     """An initialised device; sizes in bytes, None for the default. Raises BadValue, NoMemory."""
+    heap.use_one_arena()
     zram = Zram(name)
     if algorithm is not None:
         zram.set("comp_algorithm", algorithm)
