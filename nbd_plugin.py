@@ -64,7 +64,7 @@ from zramd import __version__, heap, sizes  # noqa: E402 - only now can it be fo
 from zramd.control.server import ControlThread  # noqa: E402
 from zramd.device import Zram  # noqa: E402
 from zramd.errors import BadValue, NotInitialised, ZramdError  # noqa: E402
-from zramd.nbd.connection import LINGER_SECONDS, QUIET_SECONDS  # noqa: E402
+from zramd.nbd.connection import GATHER_SECONDS, QUIET_SECONDS  # noqa: E402
 from zramd.nbd.transmission import MAX_PAYLOAD  # noqa: E402
 from zramd.opener import Opener  # noqa: E402
 from zramd.service.runtime import Claim, check_name, claim  # noqa: E402
@@ -86,7 +86,7 @@ def _format_briefly(*args, **kwargs):  # type: ignore[no-untyped-def]
     is all the user needs, and a full store would else format a thousand tracebacks a second.
 
     nbdkit 1.32 then never drops the exception. So it is emptied here, or each would keep its frames
-    with all that these hold.
+    with all that these hold. (Nobody else in this process formats exceptions with their traceback.)
     """
     error = next((arg for arg in args if isinstance(arg, BaseException)), None)
     try:
@@ -180,6 +180,8 @@ def cleanup() -> None:
     if hasattr(_plugin, "control"):
         _plugin.control.close()
     if hasattr(_plugin, "claim"):
+        # nbdkit may end without closing its handles, and threads must not begin any more.
+        _plugin.zram.on_reset.clear()
         _plugin.zram.close()
         _plugin.claim.release()
 
@@ -199,8 +201,11 @@ def _end_connections() -> None:
     Which connection is whose nbdkit does not tell, so one that is in its handshake just now ends
     with the others.
     """
-    clients = list(_clients())
-    threading.Thread(target=_end_when_quiet, args=(clients,), name="end", daemon=True).start()
+    try:
+        clients = list(_clients())
+        threading.Thread(target=_end_when_quiet, args=(clients,), name="end", daemon=True).start()
+    except (OSError, RuntimeError) as error:  # no descriptors, no threads: they answer EIO and stay
+        nbdkit.debug(f"zramd: connections of a device that was reset stay: {error}")
 
 
 def _end_when_quiet(clients: list[socket.socket]) -> None:
@@ -210,7 +215,7 @@ def _end_when_quiet(clients: list[socket.socket]) -> None:
     nobody has anything under way, or goes on and on in spite of all errors."""
     refused = _plugin.refused
     now = quiet_since = time.monotonic()
-    deadline = now + LINGER_SECONDS
+    deadline = now + GATHER_SECONDS
     while now - quiet_since < QUIET_SECONDS and now < deadline:
         time.sleep(QUIET_SECONDS / 4)
         now = time.monotonic()
@@ -226,7 +231,10 @@ def _end_when_quiet(clients: list[socket.socket]) -> None:
 
 def _has_unread(sock: socket.socket) -> bool:
     count = bytearray(4)
-    fcntl.ioctl(sock, termios.FIONREAD, count)
+    try:
+        fcntl.ioctl(sock, termios.FIONREAD, count)
+    except OSError:
+        pass  # a kind of socket that cannot tell
     return any(count)
 
 
@@ -251,9 +259,14 @@ def _stream_sockets() -> Iterator[socket.socket]:
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
-            sock = socket.socket(fileno=os.dup(int(name)))
+            descriptor = os.dup(int(name))
         except OSError:
             continue  # closed meanwhile
+        try:
+            sock = socket.socket(fileno=descriptor)
+        except OSError:
+            os.close(descriptor)  # another's meanwhile, and no socket
+            continue
         if sock.type == socket.SOCK_STREAM:
             yield sock
         else:
@@ -263,7 +276,7 @@ def _stream_sockets() -> Iterator[socket.socket]:
 def _place(sock: socket.socket) -> object:
     """Where a socket is bound, as far as it is the same for a listening one and what it accepts."""
     name = sock.getsockname()
-    return name if isinstance(name, str) else name[1]  # a path, or a port whatever its host
+    return name if isinstance(name, (str, bytes)) else name[1]  # a path; a port whatever its host
 
 
 # Exports and connections
@@ -287,8 +300,8 @@ def open(readonly: bool) -> Opener:
     except ZramdError as error:
         _fail(error)
     # nbdkit gives a thread back to Python after every call. What is kept by thread (the gate's
-    # record, the compressor's streams) would be made anew for every request: hold the thread, one
-    # for each connection, until `close`.
+    # record, the compressor's streams) would be made anew for every request: hold the thread until
+    # `close`. By our thread model it has one connection, from its beginning to its end.
     ctypes.pythonapi.PyGILState_Ensure()
     return opener
 
@@ -365,7 +378,10 @@ def pwrite(opener: Opener, buf: memoryview, offset: int, flags: int) -> None:
 
 
 def flush(opener: Opener, flags: int) -> None:
-    pass
+    try:
+        opener.flush()
+    except ZramdError as error:
+        _fail(error)
 
 
 def trim(opener: Opener, count: int, offset: int, flags: int) -> None:
@@ -383,7 +399,7 @@ def zero(opener: Opener, count: int, offset: int, flags: int) -> None:
 
 
 def cache(opener: Opener, count: int, offset: int, flags: int) -> None:
-    pass  # it is all in RAM
+    flush(opener, flags)  # it is all in RAM, if it is there at all
 
 
 def extents(opener: Opener, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:

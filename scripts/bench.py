@@ -234,7 +234,7 @@ def measure_reset(
 def gate_share(part: bytes) -> float:
     """1 + a pass through the gate / a write of one page.
 
-    The pass is timed alone: it is about 2 % of the write, and the difference of two times of
+    The pass is timed alone: it is about 1 % of the write, and the difference of two times of
     writes swings by more than that.
     """
     gate = Gate()

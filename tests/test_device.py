@@ -453,6 +453,19 @@ def test_io_after_a_forced_reset_is_eio_also_when_the_device_is_initialised_agai
     opener.close()
 
 
+def test_a_flush_after_a_forced_reset_is_eio_too(zram, opener):
+    """What it should have made safe is gone."""
+    opener.flush()
+    zram.reset(force=True)
+    with pytest.raises(NotInitialised):
+        opener.flush()
+    zram.init(SIZE)
+    with pytest.raises(NotInitialised):
+        opener.flush()
+    zram.open("new").flush()
+    assert zram._gate.inside() == []
+
+
 def test_a_device_without_disksize_cannot_be_opened(zram):
     with pytest.raises(NotInitialised) as caught:
         zram.open("test")

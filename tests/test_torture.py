@@ -350,7 +350,7 @@ class OverSocket(Client):
 
     def talk(self, sock: socket.socket, replies: BufferedReader) -> None:
         """Send requests until that fails, and read replies until they end. Once refused, often send
-        only a few more; always to nbdkit, which lets a client that goes on and on do so for ten
+        only a few more; always to nbdkit, which lets a client that goes on and on do so for five
         seconds."""
         waiting: dict[int, Request] = {}
         self.doing = "waits for the answers to", waiting

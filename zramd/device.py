@@ -186,7 +186,7 @@ class Zram:
                     f"{self.name} has no disksize yet",
                     hint=f"set one: zramd set {self.name} disksize 1G",
                 )
-            opener = Opener(who, self._gate, meta, self._io, self._let_go)
+            opener = Opener(who, self._disksize, self._gate, meta, self._io, self._let_go)
             self._openers.append(opener)
             return opener
 

@@ -17,9 +17,9 @@ _libc = ctypes.CDLL(None)
 
 
 def use_one_arena() -> None:
-    """Have all threads share one heap: `trim` cannot shrink the others. To be called before there
-    are threads. They compress and decompress outside of malloc, so it costs them next to nothing:
-    2 threads, 128 KiB requests, lz4: 7 % of CPU time, zstd: nothing (noise 10 %)."""
+    """Have all threads share one heap: of the others malloc_trim gives back what is free in their
+    middle, but not their top. To be called before there are threads. They compress and decompress
+    outside of malloc, so what it costs them drowned in the noise (docs/performance.md)."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, 1)
 

@@ -207,6 +207,42 @@ def test_slow_calls_do_not_keep_those_waiting_who_only_look(thread, zram, place,
     assert sorted(done, key=int) == [str(n) for n in range(workers + 2)]
 
 
+def test_a_reset_that_waits_tells_for_whom(thread, control, zram, monkeypatch):
+    monkeypatch.setattr("zramd.control.client.PATIENCE_S", 0.01)
+    zram.init(1 << 20)
+    opener = zram.open("a client of ours")
+    record = zram._gate.enter(opener.who)
+    told = []
+
+    def leave(in_flight):
+        told.append(in_flight)
+        record.inside = None
+        record.meeting.set()
+
+    control.reset(force=True, waiting=leave)
+    assert told == [("a client of ours",)]
+    assert zram.disksize == 0
+    told.clear()
+    monkeypatch.setattr("zramd.control.client.PATIENCE_S", 30)
+    control.reset(force=True, waiting=leave)
+    assert told == []
+
+
+def test_a_reset_goes_on_if_nobody_can_tell_for_whom_it_waits(thread, control, zram, monkeypatch):
+    monkeypatch.setattr("zramd.control.client.PATIENCE_S", 0.01)
+    zram.init(1 << 20)
+    record = zram._gate.enter("us")
+
+    def fail():
+        record.inside = None
+        record.meeting.set()
+        raise BadValue("cannot tell")
+
+    monkeypatch.setattr(zram, "statistics", fail)
+    control.reset(force=True, waiting=pytest.fail)
+    assert zram.disksize == 0
+
+
 def test_many_clients_at_once_are_all_served(thread, place):
     def ask():
         with Control(place) as control:

@@ -45,6 +45,9 @@ class Memory:
         self._check(offset, length)
         self.data[offset : offset + length] = bytes(length)
 
+    def flush(self):
+        self._check(0, 0)
+
 
 def cookie(number):
     return struct.pack(">Q", number)

@@ -30,11 +30,12 @@ def command(name: str, force: bool) -> None:
         )
 
     def waiting(in_flight: tuple[str, ...]) -> None:
-        talk(f"{name} waits for requests of {', '.join(in_flight) or 'nobody any more'}")
+        if in_flight:
+            talk(f"{name} waits for requests of {', '.join(in_flight)}")
 
     with Control(Paths(name).control_socket) as control:
         control.reset(force=force, waiting=waiting)
-    if attachment is not None:
+    if attachment is not None and attachment == attach.attached(name):
+        talk(f"{attachment.node} gives errors from now on; `zramd down {name}` clears it")
         # The server ends its connections by itself, but only the kernel can end its own for sure.
         attach.cut(attachment)
-        talk(f"{attachment.node} gives errors from now on; `zramd down {name}` clears it")

@@ -8,6 +8,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -16,7 +17,7 @@ from asyncvarlink import VarlinkClientProtocol, VarlinkErrorReply, VarlinkTransp
 from asyncvarlink.conversion import ConversionError
 
 from zramd.control.interface import DeviceInterface, Failed, statistics_from_reply
-from zramd.errors import NoServer, ServerFailed
+from zramd.errors import NoServer, ServerFailed, ZramdError
 from zramd.statistics import Statistics
 
 ANSWER_S: Final = 5.0
@@ -58,9 +59,9 @@ class Control:
     ) -> None:
         """`waiting` is called once if it takes long, with whose requests are being waited for."""
         call = self._runner.get_loop().create_task(_within(self._device.Reset(force=force), None))
-        self._runner.run(_look_at(call, PATIENCE_S))
+        self._runner.run(asyncio.wait({call}, timeout=PATIENCE_S))
         if not call.done():
-            with Control(self._path) as other:
+            with suppress(ZramdError), Control(self._path) as other:
                 waiting(other.statistics().in_flight)
         self._call(call)
 
@@ -142,11 +143,6 @@ async def _talk_over(sock: socket.socket) -> VarlinkClientProtocol:
 async def _within(call: Awaitable[Any], seconds: float | None) -> Any:
     async with asyncio.timeout(seconds):
         return await call
-
-
-async def _look_at(task: "asyncio.Task[Any]", seconds: float) -> None:
-    """Let it go on for so long, or until it ends."""
-    await asyncio.wait({task}, timeout=seconds)
 
 
 async def _hang_up(protocol: VarlinkClientProtocol) -> None:

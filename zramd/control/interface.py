@@ -11,7 +11,8 @@ Guarantees
 1. No call blocks the event loop: what changes the device is done in a thread, since a reset waits
    for the requests that are inside, and writing disksize may allocate much. What only looks waits
    for nothing and needs no thread, so it is answered also while all threads wait for a reset.
-2. What was begun is done, whether its caller waits for the end of it or is gone.
+2. What was begun is done, whether its caller waits for the end of it or is gone: a connection that
+   ends cancels nothing.
 3. Stop goes through a reset, so it cannot race a client that connects meanwhile: that client
    either makes it fail with DeviceBusy, or is refused for want of a disksize.
 

@@ -16,7 +16,8 @@ Promises:
    the peer is not read from.
 3. The Opener is closed once, after the last request that uses it has ended, however that ended.
 4. When we end the connection (a forced reset, `Server.close`), every request that the peer has sent
-   whole is answered. Over TCP what is still on its way is lost all the same.
+   whole is answered, unless it sends without a pause for GATHER_SECONDS in spite of getting no
+   answer. Over TCP what is still on its way is lost all the same.
 
 The kernel makes promise 4 an art. A request that its nbd has sent and that never gets an answer
 waits for ever; and when a send of its fails, it shuts its socket down and loses the answers that
@@ -55,6 +56,8 @@ _IN_FLIGHT = 64
 _IN_FLIGHT_BYTES = 64 << 20
 QUIET_SECONDS = 0.02
 """A kernel that may send does so within a millisecond, unless the machine is overloaded."""
+GATHER_SECONDS = 5.0
+"""Less than LINGER_SECONDS, which `Server.close` waits for all of this."""
 _MOST_GATHERED = 4096
 """Requests. The kernel has at most 128 under way; who sends more does not mind being cut."""
 _HANDSHAKE_SECONDS = 10.0
@@ -267,7 +270,7 @@ class Connection(asyncio.BufferedProtocol):
             self._negotiation.shutting_down = True
         elif not self._ending and not self._refusal:
             self._refusal = refusal
-            self._deadline = self._loop.time() + LINGER_SECONDS
+            self._deadline = self._loop.time() + GATHER_SECONDS
             self._gather()
             self._end_when_quiet()
 
@@ -278,11 +281,12 @@ class Connection(asyncio.BufferedProtocol):
         self._gathered += [
             pack_simple_reply(request[2], self._refusal) for request in self._receiver.requests()
         ]
-        if self._cut:
+        if self._cut or self._receiver.ended:
             self._answer_gathered()
         if self._receiver.ended:
-            self._answer_gathered()
             self._begin_ending()
+        elif self._cut and not self._peer_reads:
+            self.abort()  # over TCP one can send after the cut, and need not read
         elif not self._reading:
             self._reading = True
             self._transport.resume_reading()

@@ -92,6 +92,7 @@ class Opener(Protocol):
     def write(self, offset: int, data: memoryview) -> None: ...
     def discard(self, offset: int, length: int) -> None: ...
     def zero(self, offset: int, length: int) -> None: ...
+    def flush(self) -> None: ...
 
 
 class Receiver:
@@ -228,7 +229,8 @@ def answer(opener: Opener, request: Request) -> tuple[bytes, ...]:
             opener.discard(offset, length)
         elif command == NBD_CMD_WRITE_ZEROES:
             opener.zero(offset, length)
-        # and NBD_CMD_FLUSH, which has nothing to do
+        else:  # NBD_CMD_FLUSH
+            opener.flush()
     except OutOfRange:
         error = errno.ENOSPC if command in _STORING else errno.EINVAL
     except ZramdError as refusal:
