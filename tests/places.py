@@ -24,7 +24,7 @@ def sweep() -> None:
     """End what killed test runs have left in their runtime directories."""
     for left in abandoned(RUNTIME):
         for runtime in (left, left / "run"):
-            _kill_servers(runtime)
+            kill_servers(runtime)
             for device in runtime.glob("*/lock"):
                 subprocess.run(
                     [sys.executable, "-m", "zramd.cli", "down", device.parent.name],
@@ -34,7 +34,7 @@ def sweep() -> None:
                 )
 
 
-def _kill_servers(runtime: Path) -> None:
+def kill_servers(runtime: Path) -> None:
     """Kill whoever was told to use this runtime directory."""
     variable = b"ZRAMD_RUNTIME_DIR=" + os.fsencode(runtime)
     for process in Path("/proc").glob("[0-9]*"):

@@ -90,16 +90,19 @@ def serving(nbdkit):
     """In the background, as a user would start it."""
     started = nbdkit.run("python", str(PLUGIN), "name=zram0", "disksize=16M", "mem_limit=1M")
     assert (started.returncode, started.stderr) == (0, "")
-    # The control socket comes when the child of nbdkit's fork has written its number down.
-    wait_for((nbdkit.runtime / "zram0" / "control").is_socket, "the control socket")
-    process = int((nbdkit.runtime / "zram0" / "lock").read_text())
-    yield nbdkit
-    nbdkit.zramd("reset", "--force", "zram0")
     try:
-        os.kill(process, signal.SIGTERM)
-    except ProcessLookupError:
-        pass
-    wait_for(lambda: not Path(f"/proc/{process}").exists(), "nbdkit to end")
+        # The control socket comes when the child of nbdkit's fork has written its number down.
+        wait_for((nbdkit.runtime / "zram0" / "control").is_socket, "the control socket")
+        process = int((nbdkit.runtime / "zram0" / "lock").read_text())
+        yield nbdkit
+        nbdkit.zramd("reset", "--force", "zram0")
+        try:
+            os.kill(process, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+        wait_for(lambda: not Path(f"/proc/{process}").exists(), "nbdkit to end")
+    finally:
+        places.kill_servers(nbdkit.runtime)
 
 
 @pytest.mark.parametrize(
