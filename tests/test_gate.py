@@ -1,5 +1,6 @@
 """The gate: no request inside, none missed, none waited for twice, whatever the order of steps."""
 
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -196,6 +197,35 @@ def test_a_thread_keeps_one_record_for_all_its_requests():
     assert gate.enter("us") is first
     gate.leave(first)
     assert len(gate._records) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_take_short_turns_while_a_drain_waits_and_only_then(waiting, monkeypatch, fails):
+    """The resetter would wait for its turn, when the last request has ended."""
+    before = sys.getswitchinterval()
+    gate = Gate()
+    gate.open()
+    request = Request(gate)
+    started(request)
+    gate.close()
+
+    def drain() -> None:
+        try:
+            gate.drain()
+        except KeyError:
+            assert fails
+
+    if fails:
+        monkeypatch.setattr(zramd.gate, "kick", lambda: {}[fails])
+        drain()
+    else:
+        resetter = threading.Thread(target=drain, daemon=True)
+        started(resetter)
+        assert waiting.wait(DEADLINE)
+        assert sys.getswitchinterval() < before
+    request.go.set()
+    ended(request, *([] if fails else [resetter]))
+    assert sys.getswitchinterval() == before
 
 
 def test_two_gates_do_not_share_records():
