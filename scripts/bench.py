@@ -91,7 +91,8 @@ def make_corpus(size: int) -> tuple[bytes, str]:
 @contextmanager
 def type_checker() -> Iterator[None]:
     """A program with a few hundred MiB of real heap, idle while its memory is read."""
-    script = "import sys; from mypy import api; api.run(['--no-incremental', 'zramd']); print(); sys.stdin.read()"
+    check = "from mypy import api; api.run(['--no-incremental', 'zramd'])"
+    script = f"import sys; {check}; print(); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
