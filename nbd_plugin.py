@@ -1,7 +1,7 @@
 """zramd as an nbdkit plugin: a thin translation of nbdkit's callbacks into calls of one Zram.
 
     nbdkit -U /run/zramd/zram0/nbd.sock python ./nbd_plugin.py name=zram0 disksize=1G \\
-           [algorithm=zstd] [mem_limit=300M]
+           [algorithm=zstd] [mem_limit=300M] [for=swap] [prealloc=1] [allow_deadlock=1]
 
 nbdkit's Python plugin embeds one interpreter, the distribution's, and knows of no virtual
 environment. So before anything of zramd is imported this file looks for its packages where it
@@ -25,7 +25,7 @@ import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast, get_args
 
 import nbdkit
 
@@ -60,14 +60,17 @@ def _find_packages(here: Path) -> None:
 
 _find_packages(Path(__file__).resolve().parent)
 
-from zramd import __version__, heap, sizes  # noqa: E402 - only now can it be found
+from zramd import __version__, sizes  # noqa: E402 - only now can it be found
 from zramd.control.server import ControlThread  # noqa: E402
 from zramd.device import Zram  # noqa: E402
 from zramd.errors import BadValue, NotInitialised, ZramdError  # noqa: E402
 from zramd.nbd.connection import GATHER_SECONDS, QUIET_SECONDS  # noqa: E402
 from zramd.nbd.transmission import MAX_PAYLOAD  # noqa: E402
 from zramd.opener import Opener  # noqa: E402
+from zramd.service import hardening, worker  # noqa: E402
+from zramd.service.config import Config, Use  # noqa: E402
 from zramd.service.runtime import Claim, check_name, claim  # noqa: E402
+from zramd.service.upkeep import upkeep  # noqa: E402
 from zramd.store import PAGE  # noqa: E402
 from zramd.store.zcomp import NAMES  # noqa: E402
 
@@ -110,6 +113,7 @@ class _Plugin:
     """What the callbacks share: the parameters, then the device, its name's claim, its control."""
 
     given: dict[str, str]
+    config: Config
     zram: Zram
     claim: Claim
     control: ControlThread
@@ -119,7 +123,10 @@ class _Plugin:
 
 _plugin = _Plugin()
 _plugin.given = {}
-_PARAMETERS = ("name", "disksize", "algorithm", "mem_limit")
+_PARAMETERS = (
+    *("name", "disksize", "algorithm", "mem_limit"),
+    *("for", "prealloc", "allow_deadlock"),
+)
 
 
 # Life of the process, in the order in which nbdkit calls
@@ -138,13 +145,27 @@ def config_complete() -> None:
     for needed in ("name", "disksize"):
         if needed not in given:
             raise BadValue(f"the parameter {needed} is missing", hint="name=zram0 disksize=1G")
-    heap.use_one_arena()
-    zram = _plugin.zram = Zram(check_name(given["name"]))
-    if "algorithm" in given:
-        zram.set("comp_algorithm", given["algorithm"])
-    if "mem_limit" in given:
-        zram.set("mem_limit", given["mem_limit"])
-    sizes.parse(given["disksize"])  # what is wrong with it is said here, init comes later
+    use: Use | None = None
+    if "for" in given:
+        if given["for"] not in get_args(Use):
+            raise BadValue(f"for={given['for']} is no use", hint="say for=swap or for=mount")
+        use = cast(Use, given["for"])
+    check_name(given["name"])
+    _plugin.config = Config(
+        disksize=sizes.parse(given["disksize"]),
+        comp_algorithm=given.get("algorithm"),
+        mem_limit=sizes.parse(given["mem_limit"]) if "mem_limit" in given else None,
+        prealloc=_switch("prealloc"),
+        use=use,
+        allow_deadlock=bool(_switch("allow_deadlock")),
+    )
+
+
+def _switch(key: str) -> bool | None:
+    given = _plugin.given.get(key)
+    if given not in (None, "0", "1"):
+        raise BadValue(f"{key}={given} is neither {key}=1 nor {key}=0")
+    return None if given is None else given == "1"
 
 
 def thread_model() -> int:
@@ -156,23 +177,30 @@ def thread_model() -> int:
 
 def get_ready() -> None:
     """Before the socket is bound and before the fork: errors still reach the terminal."""
-    zram = _plugin.zram
-    _plugin.claim = claim(zram.name)
+    name = _plugin.given["name"]
+    _plugin.claim = claim(name)
     (_plugin.claim.paths.nbd_socket).unlink(missing_ok=True)
     try:
-        zram.set("disksize", _plugin.given["disksize"])
+        _plugin.zram, missing = worker.build(name, _plugin.config)
     except BaseException:
         _plugin.claim.release()
         raise
+    for what in missing:
+        print(f"zramd: {name} can do without, but had better have, {what}", file=sys.stderr)
 
 
 def after_fork() -> None:
-    """Threads made before the fork would not survive it."""
+    """Threads made before the fork would not survive it, nor do locks on memory."""
     _plugin.claim.adopt()
+    _plugin.zram.forked()
     _plugin.zram.on_reset.append(_end_connections)
     path = _plugin.claim.paths.control_socket
     _plugin.control = ControlThread(_plugin.zram, path, nbdkit.shutdown)
     _plugin.control.start()
+    _plugin.control.run_beside(upkeep(_plugin.zram))
+    if _plugin.config.use:
+        hardening.lock()
+        hardening.settle()
 
 
 def cleanup() -> None:
@@ -181,8 +209,9 @@ def cleanup() -> None:
         _plugin.control.close()
     if hasattr(_plugin, "claim"):
         # nbdkit may end without closing its handles, and threads must not begin any more.
-        _plugin.zram.on_reset.clear()
-        _plugin.zram.close()
+        if hasattr(_plugin, "zram"):
+            _plugin.zram.on_reset.clear()
+            _plugin.zram.close()
         _plugin.claim.release()
 
 

@@ -11,8 +11,9 @@ buffers that compress as well as it does.
 
 fio's client runs on the last CPU and the server under test on the first, where there are two.
 
-Two rows are no ratios of zramd to another: the gate's share of a write is that of a write with the
-gate to one without, and a drain's lateness is in milliseconds, one figure for each reset.
+Three rows are no ratios of zramd to another: the gate's share of a write is that of a write with
+the gate to one without, a drain's lateness is in milliseconds, one figure for each reset, and an
+idle server's memory is in MiB, one figure for each server.
 """
 
 import argparse
@@ -57,7 +58,9 @@ def main() -> None:
     corpus, shares = make_corpus(mib * MIB)
     print(f"corpus: {len(corpus) // MIB} MiB: {shares}")
     results = {}
-    for measure in (measure_store, measure_overhead, measure_reset, measure_servers):
+    for measure in (
+        *(measure_store, measure_overhead, measure_reset, measure_idle, measure_servers),
+    ):
         for name, target, ratios in measure(corpus, rounds, seconds):
             results[name] = {"target": target, "ratios": ratios}
     print(table(results))
@@ -400,6 +403,24 @@ def empty_reset(one: int, other: int) -> float:
 
 
 # Servers
+
+
+def measure_idle(
+    _corpus: bytes, rounds: int, _seconds: int
+) -> Iterator[tuple[str, str, list[float]]]:
+    """A server that is hardened for a mount, and so locked, but reserves nothing."""
+
+    def resident() -> float:
+        with tempfile.TemporaryDirectory(prefix="zramd-bench.") as name:
+            folder = Path(name, "idle")
+            with server(folder, [*serve(folder, 1 << 30), "--for", "mount"]):
+                pid = int((folder / "bench" / "lock").read_text())
+                time.sleep(1)  # the socket is there before all is faulted in
+                status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    what = "MiB resident of an idle `zramd serve`, hardened, with an empty 1 GiB device"
+    yield what, "<= 60", [resident() for _ in range(rounds)]
 
 
 def measure_servers(

@@ -234,7 +234,9 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         zramd.device,
         "Arena",
-        lambda size, *_, **__: SimpleNamespace(used=0, used_max=0, slots=size // PAGE, close=int),
+        lambda size, *_, **__: SimpleNamespace(
+            used=0, used_max=0, reserved=0, slots=size // PAGE, close=int
+        ),
     )
 
 

@@ -30,6 +30,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from zramd import heap, sizes
@@ -44,6 +45,13 @@ from zramd.store.zcomp import NAMES, Algorithm, Comp
 
 DEFAULT_ALGORITHM: Final = Algorithm("lz4")
 """lz4 costs a third of zstd's time per page; people who want the ratio say so."""
+
+
+def default_mem_limit(disksize: int) -> int:
+    """What is preallocated where nobody says how much, in bytes: half of what the device can hold,
+    and its table. lz4 makes 2.5 of programs' memory (docs/performance.md); the rest is for what
+    swap keeps though nobody needs it any more."""
+    return -(-(disksize // 2 + disksize // 512) // PAGE) * PAGE
 
 
 class Zram:
@@ -61,6 +69,7 @@ class Zram:
         self._disksize = 0
         self._algorithm = DEFAULT_ALGORITHM
         self._mem_limit = 0
+        self._prealloc = False
         self._openers_lock = threading.Lock()  # protects the two below
         self._openers: list[Opener] = []
         self._claimed = False
@@ -89,15 +98,19 @@ class Zram:
             disksize = -(-disksize // PAGE) * PAGE
             try:
                 comp = Comp(self._algorithm)
-                arena = Arena(disksize, str(self._algorithm), limit=self._mem_limit)
+                limit = self._mem_limit
+                if self._prealloc and not limit:
+                    limit = default_mem_limit(disksize)
+                arena = Arena(disksize, str(self._algorithm), limit=limit, reserve=self._prealloc)
                 try:
-                    self._meta = Pages(arena, comp)
+                    meta = Pages(arena, comp)
                 except BaseException:
                     arena.close()
                     raise
             except MemoryError as error:
                 raise NoMemory(f"no memory for a device of {sizes.human(disksize)}") from error
-            self._disksize = disksize
+            meta.checkpoint = partial(_must_be_open, self._gate)
+            self._meta, self._disksize, self._mem_limit = meta, disksize, limit
             self._gate.open()
 
     def reset(self, *, force: bool = False) -> None:
@@ -137,7 +150,7 @@ class Zram:
             closed = self._close_openers()
         self._meta, self._disksize = None, 0
         self._algorithm = DEFAULT_ALGORITHM
-        self._mem_limit = 0
+        self._mem_limit, self._prealloc = 0, False
         self._io = IoCounts()
         if meta is not None:
             meta.close()
@@ -168,6 +181,13 @@ class Zram:
             if opener in self._openers:
                 self._openers.remove(opener)
 
+    def forked(self) -> None:
+        """To be called by the child of a fork that goes on with the device: what is preallocated is
+        locked for it, too. Raises NoMemory."""
+        with self._init_lock:
+            if self._meta is not None and self._meta.arena.reserved:
+                self._meta.arena.hold()
+
     def close(self) -> None:
         """The end of the device: a forced reset."""
         self.reset(force=True)
@@ -192,7 +212,7 @@ class Zram:
 
     def statistics(self) -> Statistics:
         """The figures of this moment; zeros where the device is not initialised."""
-        counters, used, used_max, disksize = Counters(), 0, 0, 0
+        counters, used, used_max, reserved, disksize = Counters(), 0, 0, 0, 0
         try:
             record = self._gate.enter("statistics")
         except NotInitialised:
@@ -203,6 +223,7 @@ class Zram:
                 assert meta is not None, "the gate is open, so meta is published"
                 counters = meta.snapshot()
                 used, used_max = meta.arena.used, meta.arena.used_max
+                reserved = meta.arena.reserved
                 disksize = self._disksize
             finally:
                 self._gate.leave(record)
@@ -219,8 +240,9 @@ class Zram:
             mem_used_total=used,
             mem_limit=self._mem_limit,
             mem_used_max=used_max,
+            mem_reserved=reserved,
             same_pages=counters.same,
-            pages_compacted=0,
+            pages_compacted=counters.compacted,
             huge_pages=counters.huge,
             huge_pages_since=counters.huge_since,
             failed_reads=io.failed_reads,
@@ -230,6 +252,39 @@ class Zram:
             openers=openers,
             in_flight=tuple(sorted(self._gate.inside())),
         )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether `compact` would give back much; what a background task asks now and then."""
+        try:
+            record = self._gate.enter("a look")
+        except NotInitialised:
+            return False
+        try:
+            meta = self._meta
+            assert meta is not None, "the gate is open, so meta is published"
+            return meta.sparse
+        finally:
+            self._gate.leave(record)
+
+    def compact(self) -> None:
+        """Move what is stored together, so that memory goes back to the system.
+
+        A request like any other, but that it ends when a reset comes: at the next table page, with
+        NotInitialised, and nothing is wrong then. Raises BadValue without a disksize.
+        """
+        try:
+            record = self._gate.enter("compact")
+        except NotInitialised:
+            raise BadValue(
+                f"{self.name} has no disksize yet: there is nothing to compact"
+            ) from None
+        try:
+            meta = self._meta
+            assert meta is not None, "the gate is open, so meta is published"
+            meta.compact()
+        finally:
+            self._gate.leave(record)
 
     # Attributes, with zram's names and formats
 
@@ -290,9 +345,23 @@ class Zram:
     def _set_mem_limit(self, value: str) -> None:
         limit = -(-sizes.parse(value) // PAGE) * PAGE
         with self._init_lock:
-            self._mem_limit = limit
             if self._meta is not None:
+                reserved = self._meta.arena.reserved
+                if reserved and not 0 < limit <= max(reserved, self._mem_limit):
+                    raise BadValue(
+                        f"{self.name} has {sizes.human(reserved)} preallocated, and no more than"
+                        " that can be its mem_limit",
+                        hint="to preallocate another size, reset it and set mem_limit first",
+                    )
                 self._meta.arena.limit = limit
+            self._mem_limit = limit
+
+    def _set_prealloc(self, value: str) -> None:
+        if value not in ("0", "1"):
+            raise BadValue(f"prealloc takes 0 or 1, not {value!r}")
+        with self._init_lock:
+            self._must_not_be_initialised("prealloc")
+            self._prealloc = value == "1"
 
     def _set_mem_used_max(self, value: str) -> None:
         if _integer("mem_used_max", value) != 0:
@@ -307,9 +376,7 @@ class Zram:
         self.reset()
 
     def _set_compact(self, value: str) -> None:
-        if not self.disksize:
-            raise BadValue(f"{self.name} has no disksize yet: there is nothing to compact")
-        raise NotSupported("compact is not built yet")
+        self.compact()
 
     def _set_max_comp_streams(self, value: str) -> None:
         if _integer("max_comp_streams", value) < 1:
@@ -323,6 +390,7 @@ _GETTERS: Final[dict[str, Callable[[Zram], str]]] = {
     "max_comp_streams": lambda zram: str(_cpus()),
     "mem_limit": lambda zram: str(zram.statistics().mem_limit),
     "mem_used_max": lambda zram: str(zram.statistics().mem_used_max),
+    "prealloc": lambda zram: str(int(zram._prealloc)),
     "mm_stat": lambda zram: zram.statistics().mm_stat(),
     "io_stat": lambda zram: zram.statistics().io_stat(),
 }
@@ -333,6 +401,7 @@ _SETTERS: Final[dict[str, Callable[[Zram, str], None]]] = {
     "algorithm_params": Zram._set_algorithm_params,
     "max_comp_streams": Zram._set_max_comp_streams,
     "mem_limit": Zram._set_mem_limit,
+    "prealloc": Zram._set_prealloc,
     "mem_used_max": Zram._set_mem_used_max,
     "compact": Zram._set_compact,
 }
@@ -352,6 +421,12 @@ def _writable(attribute: str) -> Callable[[Zram, str], None]:
         problem = "is read-only" if attribute in _GETTERS else "is not an attribute"
         raise BadValue(f"{attribute!r} {problem}", hint=f"set one of {', '.join(WRITABLE)}")
     return _SETTERS[attribute]
+
+
+def _must_be_open(gate: Gate) -> None:
+    """What takes long inside `gate` looks here whether somebody waits for it."""
+    if not gate.init_done:
+        raise NotInitialised("the device is being reset", hint="try again when that has ended")
 
 
 def _pair(word: str) -> tuple[str, str]:

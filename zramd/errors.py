@@ -66,6 +66,14 @@ class ServerFailed(ZramdError):
     exit_code = 22
 
 
+class NotHardened(ZramdError):
+    """The server cannot be hardened against running out of memory, as swap needs it."""
+
+    slug = "not-hardened"
+    exit_code = 23
+    errno = _errno.EPERM
+
+
 class DeviceBusy(ZramdError):
     """The device is in use, or already initialised; nothing was changed."""
 

@@ -25,6 +25,8 @@ class Statistics:
     mem_limit: int
     """0 where there is no limit."""
     mem_used_max: int
+    mem_reserved: int
+    """What is preallocated, whether it is used or not; 0 where memory is taken as it is needed."""
     same_pages: int
     pages_compacted: int
     huge_pages: int

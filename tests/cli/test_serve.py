@@ -1,13 +1,18 @@
 """`zramd serve` and the verbs that ask a server: get, set, reset."""
 
+import contextlib
 import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.cli.conftest import DEADLINE_S, wait_for
+from tests.conftest import require
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -30,6 +35,35 @@ def test_a_signal_ends_the_server_though_a_client_is_connected(zramd):
     assert zramd.left() == []
 
 
+def test_told_to_end_a_server_that_carries_a_mount_serves_on_until_that_is_over(zramd):
+    server = zramd.serve("zram0", "--disksize=16M", "--for=mount")
+    with zramd.connect("zram0") as client, zramd.connect("zram0"):
+        for _ in range(2):
+            server.terminate()
+        assert "in use: serving on" in server.stderr.readline()
+        assert zramd.ok("get", "zram0", "disksize") == f"{16 << 20}\n"
+        flush = b"\x25\x60\x95\x13" + b"\0\0\0\3" + bytes(20)
+        client.sendall(flush)
+        assert client.recv(16, socket.MSG_WAITALL) == b"\x67\x44\x66\x98" + bytes(12)
+        assert server.poll() is None
+    assert server.wait(DEADLINE_S) == 0
+    assert zramd.left() == []
+
+
+def test_told_to_end_a_server_that_nobody_uses_ends_whatever_it_carries(zramd):
+    server = zramd.serve("zram0", "--disksize=16M", "--for=mount")
+    server.terminate()
+    assert server.wait(DEADLINE_S) == 0
+
+
+def test_an_interrupt_ends_a_server_that_is_in_use_too(zramd):
+    server = zramd.serve("zram0", "--disksize=16M", "--for=mount")
+    with zramd.connect("zram0"):
+        server.send_signal(signal.SIGINT)
+        assert server.wait(DEADLINE_S) == 0
+    assert zramd.left() == []
+
+
 def test_readiness_says_what_is_served_where(zramd):
     server = zramd.start(
         *("serve", "zram0", "--disksize=1G", "--algorithm=zstd(level=2)"),
@@ -45,19 +79,46 @@ def test_readiness_says_what_is_served_where(zramd):
     assert zramd.left() == []
 
 
-def test_readiness_is_told_to_systemd_once_the_sockets_listen(zramd):
+@contextlib.contextmanager
+def told_to(zramd) -> Iterator[Callable[[str], str]]:
+    """A manager that NOTIFY_SOCKET names; how to wait for what it is told with such a beginning."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"{zramd.runtime}/notify")
         manager.settimeout(DEADLINE_S)
         zramd.environment["NOTIFY_SOCKET"] = f"{zramd.runtime}/notify"
+
+        def wait(beginning: str) -> str:
+            while True:
+                message = manager.recv(4096).decode()
+                if any(line.startswith(beginning) for line in message.splitlines()):
+                    return message
+
+        yield wait
+    os.unlink(f"{zramd.runtime}/notify")
+
+
+def test_readiness_is_told_to_systemd_once_the_sockets_listen(zramd):
+    with told_to(zramd) as wait:
         server = zramd.start("serve", "zram0", "--disksize=16M")
-        assert manager.recv(4096).startswith(b"READY=1\nSTATUS=zram0 ")
+        assert wait("").startswith("READY=1\nSTATUS=zram0 ")
         del zramd.environment["NOTIFY_SOCKET"]
         assert zramd.ok("get", "zram0", "initstate") == "1\n"
         server.terminate()
-        assert manager.recv(4096) == b"STOPPING=1"
+        assert wait("STOPPING") == "STOPPING=1"
         server.wait(DEADLINE_S)
-    os.unlink(f"{zramd.runtime}/notify")
+
+
+def test_systemd_is_told_what_is_stored_when_that_changes_and_that_the_loop_goes_round(zramd):
+    with told_to(zramd) as wait:
+        zramd.environment["WATCHDOG_USEC"] = "400000"
+        zramd.serve("zram0", "--disksize=16M", "--mem-limit=1M")
+        assert "WATCHDOG=1\nSTATUS=0B of pages stored in " in wait("STATUS=0B")
+        zramd.ok("set", "zram0", "mem_limit", "2M")
+        assert wait("STATUS=").endswith(" of RAM (limit 2M)")
+        assert wait("") == "WATCHDOG=1"
+        wait("WATCHDOG=1")
+        zramd.ok("reset", "zram0")
+        assert "STATUS=without a disksize" in wait("STATUS=")
 
 
 def test_a_disksize_that_is_no_multiple_of_a_page_is_rounded_up_and_said(zramd):
@@ -182,3 +243,127 @@ def test_an_address_in_the_devices_own_directory_is_refused(zramd):
     said = zramd.fails(2, "serve", "zram0", "--disksize=1M", f"--listen=unix:{place}")
     assert "own directory" in said
     assert zramd.left() == []
+
+
+_PASS = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[1].split(",")]
+for n, fd in enumerate(high):
+    os.dup2(fd, 3 + n)
+os.environ.update(LISTEN_FDS=str(len(high)), LISTEN_PID=sys.argv[2] or str(os.getpid()))
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+def start_with(zramd, files, *arguments: str, pid: str = "") -> subprocess.Popen[str]:
+    """`zramd serve` started as systemd does it, with these sockets as its descriptors from 3 on."""
+    descriptors = [file.fileno() for file in files]
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-c", _PASS, ",".join(map(str, descriptors)), pid),
+            *zramd.argv("serve", "zram0", *arguments),
+        ],
+        env=zramd.environment,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=descriptors,
+    )
+
+
+@pytest.fixture
+def listening(zramd):
+    """A Unix and a TCP socket that listen, as a .socket unit has them."""
+    with socket.socket(socket.AF_UNIX) as unix, socket.socket() as tcp:
+        unix.bind(f"{zramd.runtime}/passed")
+        tcp.bind(("127.0.0.1", 0))
+        for sock in (unix, tcp):
+            sock.listen()
+        yield unix, tcp
+    os.unlink(f"{zramd.runtime}/passed")
+
+
+def test_sockets_that_systemd_passes_are_served_too_and_stay_when_the_server_ends(zramd, listening):
+    port = listening[1].getsockname()[1]
+    server = start_with(zramd, listening, "--disksize=16M")
+    with server:
+        line = server.stderr.readline()
+        assert line == (
+            f"zramd: zram0 (16M, lz4) is served on {zramd.runtime}/zram0/nbd.sock,"
+            f" unix:{zramd.runtime}/passed, tcp:127.0.0.1:{port}\n"
+        )
+        with zramd.connect("zram0"):
+            pass
+        for sock in listening:
+            with socket.socket(sock.family) as client:
+                client.settimeout(DEADLINE_S)
+                client.connect(sock.getsockname())
+                assert client.recv(8, socket.MSG_WAITALL) == b"NBDMAGIC"
+        server.terminate()
+        assert server.wait(DEADLINE_S) == 0
+    assert zramd.left() == ["passed"]
+
+
+def test_sockets_meant_for_another_process_are_left_alone(zramd, listening):
+    server = start_with(zramd, listening, "--disksize=16M", pid="1")
+    with server:
+        assert server.stderr.readline().endswith("/zram0/nbd.sock\n")
+        server.terminate()
+
+
+def test_a_descriptor_that_is_no_listening_stream_socket_is_refused(zramd, listening):
+    zramd.environment["LISTEN_FDNAMES"] = "nbd:other"
+    with (
+        socket.socket(socket.AF_UNIX) as deaf,
+        socket.socket(type=socket.SOCK_DGRAM) as datagrams,
+        open(os.devnull) as file,
+    ):
+        for wrong in (deaf, datagrams, file):
+            with start_with(zramd, (listening[0], wrong), "--disksize=1M") as server:
+                assert server.stderr.read() == (
+                    "zramd: descriptor 4 (other) of LISTEN_FDS is no stream socket that listens;"
+                    " its .socket unit needs ListenStream= and Accept=no\n"
+                )
+                assert server.wait(DEADLINE_S) == 2
+    assert zramd.left() == ["passed"]
+
+
+def test_a_passed_socket_in_the_devices_own_directory_is_refused(zramd):
+    place = zramd.runtime / "zram0"
+    place.mkdir()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(f"{place}/passed")
+        sock.listen()
+        with start_with(zramd, [sock], "--disksize=1M") as server:
+            assert "lies in the device's own directory" in server.stderr.read()
+            assert server.wait(DEADLINE_S) == 2
+
+
+def test_swap_is_not_served_on_a_tcp_socket_that_systemd_passes(zramd, listening):
+    server = start_with(
+        *(zramd, listening, "--disksize=1M"),
+        *("--for=swap", "--allow-deadlock", "--no-prealloc"),
+    )
+    with server:
+        assert "over TCP it can deadlock" in server.stderr.read()
+        assert server.wait(DEADLINE_S) == 2
+
+
+def test_systemd_socket_activate_starts_it(zramd):
+    program = require.program("systemd-socket-activate")
+    path = f"{zramd.runtime}/activated"
+    activator = subprocess.Popen(
+        [program, f"--listen={path}", *zramd.argv("serve", "zram0", "--disksize=16M")],
+        env=zramd.environment,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with activator:
+        wait_for(lambda: os.path.exists(path))
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(DEADLINE_S)
+            client.connect(path)
+            assert client.recv(8, socket.MSG_WAITALL) == b"NBDMAGIC"
+        activator.terminate()
+    assert activator.returncode == 0
+    assert zramd.left() == ["activated"]

@@ -17,6 +17,7 @@ from zramd.cli import main
 from zramd.cli.down import stop
 from zramd.control.server import ControlThread
 from zramd.device import Zram
+from zramd.kernel import tools
 from zramd.service.runtime import claim
 
 VIA = ("--disksize=64M", "--via=loop")
@@ -38,6 +39,39 @@ def mountpoint(tmp_path):
     yield directory
     while os.path.ismount(directory):
         subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+class Log:
+    """Programs that write down how they are called, and then do it; swapon does not."""
+
+    PROGRAMS = ("nbdfuse", "losetup", "mkfs.ext4", "mkswap", "mount", "umount", "swapon")
+
+    def __init__(self, zramd, directory: Path) -> None:
+        self._directory = directory
+        self._file = directory / "log"
+        for program in self.PROGRAMS:
+            self._make(program, "" if program == "swapon" else f'exec {tools.find(program)} "$@"')
+        zramd.environment["PATH"] = f"{directory}:{os.environ['PATH']}"
+
+    def __call__(self) -> list[list[str]]:
+        """The calls since the last time."""
+        calls = self._file.read_text().splitlines() if self._file.exists() else []
+        self._file.unlink(missing_ok=True)
+        return [call.split() for call in calls]
+
+    def fails(self, program: str) -> None:
+        self._make(program, "exit 1")
+
+    def _make(self, program: str, action: str) -> None:
+        script = self._directory / program
+        script.write_text(f'#!/bin/sh\necho {program} "$@" >>{self._file}\n{action}\n')
+        script.chmod(0o700)
+
+
+@pytest.fixture
+def logged(zramd, tmp_path):
+    (tmp_path / "programs").mkdir()
+    return Log(zramd, tmp_path / "programs")
 
 
 def server_of(zramd, name: str) -> int:
@@ -81,6 +115,140 @@ def test_up_mounts_and_list_says_where_and_down_unmounts(zramd, kernel, mountpoi
     zramd.ok("down", "zram0")
     assert not os.path.ismount(mountpoint)
     nothing_stands(zramd)
+
+
+def test_up_goes_up_step_by_step_and_down_takes_the_same_steps_back(
+    zramd, kernel, mountpoint, logged
+):
+    node = zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint)).strip()
+    went_up = logged()
+    zramd.ok("down", "zram0")
+    place = zramd.runtime / "zram0" / "loop"
+    assert [(words[0], words[-1]) for words in went_up] == [
+        ("nbdfuse", f"nbd+unix:///zram0?socket={zramd.runtime}/zram0/nbd.sock"),
+        ("losetup", f"{place}/disk"),
+        ("mkfs.ext4", node),
+        ("mount", str(mountpoint)),
+    ]
+    assert logged() == [
+        ["umount", str(mountpoint)],
+        ["losetup", "--detach", node],
+        ["umount", str(place)],
+    ]
+
+
+def test_what_is_deleted_on_the_mount_is_freed(zramd, kernel, mountpoint):
+    node = zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint)).strip()
+    [line] = [m for m in Path("/proc/self/mountinfo").read_text().splitlines() if f" {node} " in m]
+    assert "discard" in line.split()[-1].split(",")
+    (mountpoint / "file").write_bytes(os.urandom(8 << 20))
+    subprocess.run(["sync", "-f", mountpoint], check=True)
+    full = zramd.devices()["zram0"]["data"]
+    assert full > 8 << 20
+    (mountpoint / "file").unlink()
+    subprocess.run(["sync", "-f", mountpoint], check=True)
+    wait_for(lambda: zramd.devices()["zram0"]["data"] < full - (7 << 20))
+
+
+@pytest.mark.parametrize(
+    ("asked", "priority"), [((), "100"), (("--priority", "5"), "5"), (("--priority", "-1"), "-1")]
+)
+def test_swap_is_turned_on_last_with_discard_and_a_priority(zramd, kernel, logged, asked, priority):
+    require.program("mkswap")
+    done = zramd.run("up", "zram0", *VIA, "--swap", *asked, "--allow-deadlock")
+    assert done.returncode == 0, done.stderr
+    node = done.stdout.strip()
+    assert logged()[-2:] == [
+        ["mkswap", node],
+        ["swapon", "--discard", "--priority", priority, node],
+    ]
+    assert f"{node} is swap space" in done.stderr
+
+
+def test_swap_that_cannot_be_turned_on_leaves_nothing(zramd, kernel, logged):
+    require.program("mkswap")
+    logged.fails("swapon")
+    done = zramd.run("up", "zram0", *VIA, "--swap", "--allow-deadlock")
+    assert done.returncode == 43
+    assert "`swapon --discard --priority 100" in done.stderr
+    assert done.stdout == ""
+    nothing_stands(zramd)
+
+
+def test_another_use_of_a_mounted_device_is_refused_and_all_stays(
+    zramd, kernel, mountpoint, tmp_path
+):
+    (tmp_path / "elsewhere").mkdir()
+    node = zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint)).strip()
+    before = zramd.devices()
+    for other in (("--swap", "--allow-deadlock"), ("--mount", str(tmp_path / "elsewhere"))):
+        done = zramd.run("up", "zram0", *VIA, *other)
+        assert (done.returncode, done.stdout) == (43, "")
+        assert f"{node} is in use already: mounted on {mountpoint}" in done.stderr
+    assert zramd.devices() == before
+    zramd.ok("down", "zram0")
+
+
+def test_up_without_a_use_leaves_the_one_that_there_is(zramd, kernel, mountpoint):
+    node = zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
+    assert zramd.ok("up", "zram0", *VIA) == node
+    assert os.path.ismount(mountpoint)
+    zramd.ok("down", "zram0")
+
+
+def test_down_of_a_device_that_another_program_holds_changes_nothing(zramd, kernel):
+    node = zramd.ok("up", "zram0", *VIA).strip()
+    before = zramd.devices()
+    holder = os.open(node, os.O_RDONLY | os.O_EXCL)
+    try:
+        assert f"{node} is in use" in zramd.fails(30, "down", "zram0")
+    finally:
+        os.close(holder)
+    assert zramd.devices() == before
+    zramd.ok("down", "zram0")
+    nothing_stands(zramd)
+
+
+def test_swap_is_not_turned_on_over_a_server_that_is_not_hardened_for_it(zramd, kernel, logged):
+    zramd.serve("zram0", "--disksize=64M")
+    line = zramd.fails(23, "up", "zram0", "--disksize=64M", "--swap")
+    for what in ("locked memory", "oom_score_adj", "real-time", "preallocated", "zramd down zram0"):
+        assert what in line
+    assert logged() == []
+
+
+def test_swap_through_loop_could_deadlock_and_is_refused_before_anything_is_made(zramd, kernel):
+    line = zramd.fails(23, "up", "zram0", *VIA, "--swap")
+    assert "nbdfuse" in line
+    assert "--allow-deadlock" in line
+    nothing_stands(zramd)
+
+
+def test_a_server_with_another_mem_limit_is_not_taken_for_the_one_asked_for(zramd, kernel):
+    zramd.serve("zram0", "--disksize=64M", "--mem-limit=20M")
+    line = zramd.fails(30, "up", "zram0", *VIA, "--mem-limit=10M")
+    assert "a mem_limit of 20M" in line
+
+
+def test_swap_that_is_on_keeps_its_priority_unless_another_is_asked_for(zramd, kernel):
+    require.program("mkswap")
+    up = ("up", "zram0", *VIA, "--swap", "--allow-deadlock")
+    node = zramd.run(*up, "--priority=7").stdout
+    assert node
+    for again in (up, (*up, "--priority=7")):
+        done = zramd.run(*again)
+        assert (done.returncode, done.stdout) == (0, node)
+    done = zramd.run(*up, "--priority=8")
+    assert done.returncode == 43
+    assert "with priority 7" in done.stderr
+    assert node.strip() in Path("/proc/swaps").read_text()
+    zramd.ok("down", "zram0")
+
+
+def test_another_file_system_than_the_mounted_one_is_refused(zramd, kernel, mountpoint):
+    zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
+    done = zramd.run("up", "zram0", *VIA, "--mount", str(mountpoint), "--fs", "xfs")
+    assert done.returncode == 43
 
 
 def test_the_same_up_twice_changes_nothing(zramd, kernel, mountpoint):
@@ -216,6 +384,26 @@ def test_attach_prints_the_node_and_a_second_one_prints_it_again(zramd, kernel):
     assert zramd.ok("attach", "zram0") == done.stdout
 
 
+def test_attach_makes_ready_what_the_file_says_and_up_does_all_of_it(
+    zramd, kernel, mountpoint, tmp_path
+):
+    zramd.environment["ZRAMD_CONFIG_DIR"] = str(tmp_path)
+    file = tmp_path / "zram0.toml"
+    file.write_text(f'disksize = "64M"\nuse = "mount"\nmount_point = "{mountpoint}"\n')
+    zramd.serve("zram0", "--config", str(file))
+    done = zramd.run("attach", "zram0", "--via=loop", "--config", str(file))
+    assert done.returncode == 0, done.stderr
+    assert f"{done.stdout.strip()} is ready: it holds ext4" in done.stderr
+    assert not os.path.ismount(mountpoint)
+    assert zramd.ok("up", "zram0", "--via=loop") == done.stdout
+    assert os.path.ismount(mountpoint)
+    zramd.ok("down", "zram0")
+    assert zramd.ok("up", "zram0", "--via=loop")
+    assert zramd.devices()["zram0"]["mountpoint"] == str(mountpoint)
+    zramd.ok("down", "zram0")
+    nothing_stands(zramd)
+
+
 def test_detach_takes_the_node_away_and_the_pages_stay(zramd, kernel, mountpoint):
     zramd.serve("zram0", "--disksize=64M")
     zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
@@ -306,10 +494,26 @@ def test_down_clears_a_mounted_device_whose_nbdfuse_was_killed(zramd, kernel, mo
 def test_down_clears_a_mounted_device_whose_server_was_told_to_end(zramd, kernel, mountpoint):
     zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
     server = server_of(zramd, "zram0")
-    os.kill(server, signal.SIGTERM)
+    os.kill(server, signal.SIGINT)
     wait_for(lambda: not alive(server))
     assert zramd.devices()["zram0"]["state"] == "dead"
     zramd.ok("down", "zram0")
+    nothing_stands(zramd)
+
+
+def test_a_mount_outlives_its_servers_being_told_to_end_and_down_ends_both(
+    zramd, kernel, mountpoint
+):
+    zramd.ok("up", "zram0", *VIA, "--mount", str(mountpoint))
+    content = os.urandom(1 << 20)
+    (mountpoint / "file").write_bytes(content)
+    server = server_of(zramd, "zram0")
+    os.kill(server, signal.SIGTERM)
+    subprocess.run(["sync", "-f", mountpoint], check=True)
+    assert zramd.devices()["zram0"]["state"] == "serving"
+    assert (mountpoint / "file").read_bytes() == content
+    zramd.ok("down", "zram0")
+    wait_for(lambda: not alive(server))
     nothing_stands(zramd)
 
 

@@ -138,15 +138,17 @@ def test_the_reply_to_stop_arrives_though_the_server_ends_at_once(zram, place):
 
 
 @pytest.mark.parametrize(
-    ("error", "attribute"),
-    [(BadValue, "nonsense"), (NotSupported, "compact")],
+    ("error", "attribute", "value"),
+    [(BadValue, "nonsense", "1"), (NotSupported, "algorithm_params", "dict=x")],
 )
-def test_an_error_of_the_device_is_raised_here_as_it_was_there(control, zram, error, attribute):
+def test_an_error_of_the_device_is_raised_here_as_it_was_there(
+    control, zram, error, attribute, value
+):
     zram.init(1 << 20)
     with pytest.raises(error) as there:
-        zram.set(attribute, "1")
+        zram.set(attribute, value)
     with pytest.raises(error) as here:
-        control.set(attribute, "1")
+        control.set(attribute, value)
     assert (here.value.message, here.value.hint) == (there.value.message, there.value.hint)
 
 

@@ -5,6 +5,7 @@ The server is the one named by ZRAMD_TEST_SERVER. Every check has a server and a
 
 import faulthandler
 import hashlib
+import json
 import mmap
 import os
 import random
@@ -28,6 +29,7 @@ from tests.kernel.trees import contents, copy_tree
 from zramd.control.client import Control
 from zramd.errors import AttachFailed, DeviceBusy, NoServer, ToolMissing, UseFailed
 from zramd.kernel import attach, nbd, state, use
+from zramd.service import hardening
 from zramd.service.runtime import Paths
 
 SERVER = os.environ["ZRAMD_TEST_SERVER"]
@@ -165,6 +167,124 @@ def test_attaches_at_the_same_time_give_one_node(device: Device) -> None:
     assert len(list(Path("/sys/block").glob("nbd*/backend"))) == 1
 
 
+@pytest.mark.parametrize("node", ["/dev/nbd3", "/dev/nbd200"])  # there are 16 to begin with
+def test_attach_takes_the_node_that_is_asked_for_and_detach_frees_it(
+    device: Device, node: str
+) -> None:
+    assert zramd("attach", device.name, "--node", node).stdout == f"{node}\n"
+    assert queue(node, "size") * 512 == 512 * MIB
+    assert state.answers(node)
+    assert zramd("attach", device.name, "--node", node).stdout == f"{node}\n"
+    assert device.attach() == node
+    zramd("detach", device.name)
+    assert queue(node, "size") == 0
+
+
+def test_a_node_that_another_device_of_ours_has_is_refused_naming_it(device: Device) -> None:
+    zramd("attach", device.name, "--node", "/dev/nbd3")
+    with servers.served(SERVER, "g1", "64M"):
+        refused = zramd("attach", "g1", "--node", "/dev/nbd3", status=DeviceBusy.exit_code)
+        assert f"/dev/nbd3 is taken by the zramd device of {Paths('g0').dir}" in refused.stderr
+        assert "zramd detach g0" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+        assert attach.attached("g1") is None
+    assert queue("/dev/nbd3", "size") * 512 == 512 * MIB
+
+
+def test_a_node_that_nbd_client_has_is_refused_naming_its_process(device: Device) -> None:
+    server = str(Paths(device.name).nbd_socket)
+    subprocess.run(
+        ["nbd-client", "-unix", server, "/dev/nbd3", "-N", device.name, "-b", "4096"], check=True
+    )
+    try:
+        holder = Path("/sys/block/nbd3/pid").read_text().strip()
+        refused = zramd("attach", "g0", "--node", "/dev/nbd3", status=DeviceBusy.exit_code)
+        assert f"/dev/nbd3 is taken by process {holder}; nbd-client -d /dev/nbd3" in refused.stderr
+        assert device.attach() == "/dev/nbd0"
+    finally:
+        subprocess.run(["nbd-client", "-d", "/dev/nbd3"], check=True)
+
+
+def test_another_node_than_the_one_it_has_is_refused(device: Device) -> None:
+    assert device.attach() == "/dev/nbd0"
+    refused = zramd("attach", device.name, "--node", "/dev/nbd3", status=DeviceBusy.exit_code)
+    assert "g0 is attached as /dev/nbd0 through nbd already; zramd detach g0" in refused.stderr
+    assert queue("/dev/nbd0", "size") * 512 == 512 * MIB
+
+
+@pytest.fixture
+def config_file(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The configuration of g0, where `zramd up g0` looks for it."""
+    with tempfile.TemporaryDirectory() as place:
+        monkeypatch.setenv("ZRAMD_CONFIG_DIR", place)
+        yield Path(place, "g0.toml")
+
+
+def test_attach_as_the_file_says_makes_swap_space_at_its_node_and_does_not_swap_on_it(
+    device: Device, config_file: Path
+) -> None:
+    config_file.write_text('disksize = "512M"\nnode = "/dev/nbd3"\nuse = "swap"\n')
+    command = ("attach", device.name, "--config", str(config_file))
+    assert zramd(*command).stdout == "/dev/nbd3\n"
+    assert state.users("/dev/nbd3") == []
+    subprocess.run(["swapon", "--discard", "/dev/nbd3"], check=True)
+    written = zramd("get", device.name, "mm_stat").stdout
+    assert zramd(*command).stdout == "/dev/nbd3\n"
+    assert zramd("get", device.name, "mm_stat").stdout == written
+    use.release("/dev/nbd3")
+
+
+def test_attach_as_the_file_says_makes_the_file_system_once_and_does_not_mount_it(
+    device: Device, config_file: Path, directory: Path
+) -> None:
+    config_file.write_text(
+        f'disksize = "512M"\nuse = "mount"\nmount_point = "{directory}"\nfs_type = "xfs"\n'
+    )
+    command = ("attach", device.name, "--config", str(config_file))
+    node = zramd(*command).stdout.strip()
+    assert state.users(node) == []
+    subprocess.run(["mount", "-t", "xfs", node, directory], check=True)
+    (directory / "file").write_text("kept")
+    assert zramd(*command).stdout.strip() == node
+    use.release(node)
+    zramd("detach", device.name)
+    subprocess.run(["mount", "-t", "xfs", zramd(*command).stdout.strip(), directory], check=True)
+    assert (directory / "file").read_text() == "kept"
+    use.release(node)
+
+
+def test_attach_as_the_file_says_refuses_what_is_on_the_device_and_detaches_it_again(
+    device: Device, config_file: Path
+) -> None:
+    node = device.attach()
+    use.format(node, "ext4")
+    zramd("detach", device.name)
+    config_file.write_text('disksize = "512M"\nuse = "swap"\n')
+    command = ("attach", device.name, "--config", str(config_file))
+    refused = zramd(*command, status=UseFailed.exit_code)
+    assert f"{node} holds ext4 already, and it stays" in refused.stderr
+    assert refused.stdout == ""
+    assert attach.attached(device.name) is None
+    device.attach()
+    zramd(*command, status=UseFailed.exit_code)
+    assert attach.attached(device.name) is not None  # it was before
+
+
+def test_up_without_a_disksize_does_all_that_the_file_says(config_file: Path) -> None:
+    config_file.write_text(
+        'disksize = "64M"\ncomp_algorithm = "zstd"\nnode = "/dev/nbd3"\nuse = "swap"\n'
+        "swap_priority = 7\nallow_deadlock = true\n"
+    )
+    assert zramd("up", "g0").stdout == "/dev/nbd3\n"
+    assert zramd("up", "g0").stdout == "/dev/nbd3\n"
+    assert "[zstd]" in zramd("get", "g0", "comp_algorithm").stdout
+    [swap] = Path("/proc/swaps").read_text().splitlines()[1:]
+    assert swap.split()[0] == "/dev/nbd3"
+    assert swap.split()[4] == "7"
+    zramd("down", "g0")
+    assert nothing_is_left()
+
+
 def test_detach_frees_the_node_and_may_be_repeated(device: Device) -> None:
     device.attach()
     zramd("detach", device.name)
@@ -267,6 +387,25 @@ def test_reset_is_refused_while_swapped_on_and_the_pages_stay(device: Device) ->
     use.release(node)
     assert memory[:] == expected
     memory.close()
+
+
+def test_a_server_for_swap_is_hardened_in_all_its_threads_and_up_swaps_on_it() -> None:
+    with servers.served(SERVER, "g1", "64M", use="swap") as server:
+        process = Path("/proc", str(server.pid))
+        assert hardening.lacking(process) == []
+        node = zramd("up", "g1", "--disksize", "64M", "--swap").stdout.strip()
+        assert zramd("up", "g1", "--disksize", "64M", "--swap").stdout.strip() == node
+        assert hardening.lacking(process) == []
+        told = json.loads(zramd("doctor", "g1", "--json", status=None).stdout)["checks"]
+        ours = {check["check"]: check["status"] for check in told if check["device"] == "g1"}
+        assert ours["hardened"] == ours["preallocated"] == ours["swap-way"] == "ok"
+        memory = swapped_out(5)
+        with open("/proc/sys/vm/drop_caches", "w") as drop:
+            drop.write("3")
+        assert memory[:] == random.Random(5).randbytes(8 * MIB)
+        memory.close()
+        zramd("down", "g1")
+    assert nothing_is_left()
 
 
 def start_fio(

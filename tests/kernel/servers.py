@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from zramd.service.runtime import Paths
 from zramd.store import PAGE
@@ -38,16 +39,30 @@ def zramd(*arguments: str, status: int | None = 0) -> subprocess.CompletedProces
     return done
 
 
-def start(kind: str, name: str, disksize: str) -> subprocess.Popen[bytes]:
+def start(
+    kind: str,
+    name: str,
+    disksize: str,
+    *,
+    use: str | None = None,
+    mem_limit: str | None = None,
+    allow_deadlock: bool = False,
+) -> subprocess.Popen[bytes]:
     """Start the server `kind` of SERVERS in the background; returns when it serves."""
     paths = Paths(name)
     if kind == "zramd":
         command = [sys.executable, "-m", "zramd.cli", "serve", name, f"--disksize={disksize}"]
+        command += [f"--for={use}"] if use else []
+        command += [f"--mem-limit={mem_limit}"] if mem_limit else []
+        command += ["--allow-deadlock"] if allow_deadlock else []
     else:
         paths.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         paths.nbd_socket.unlink(missing_ok=True)
         command = ["nbdkit", "-f", "-U", os.fspath(paths.nbd_socket), "python"]
         command += [os.fspath(ROOT / "nbd_plugin.py"), f"name={name}", f"disksize={disksize}"]
+        command += [f"for={use}"] if use else []
+        command += [f"mem_limit={mem_limit}"] if mem_limit else []
+        command += ["allow_deadlock=1"] if allow_deadlock else []
     command = ["setpriv", "--pdeathsig", "KILL", *command]  # a killed test run leaves none
     server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "VIRTUAL_ENV": sys.prefix})
     try:
@@ -61,9 +76,12 @@ def start(kind: str, name: str, disksize: str) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def served(kind: str, name: str, disksize: str = "512M") -> Iterator[subprocess.Popen[bytes]]:
-    """A server that is killed at the end, with all that is left of its device cleared."""
-    server = start(kind, name, disksize)
+def served(
+    kind: str, name: str, disksize: str = "512M", **more: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that is killed at the end, with all that is left of its device cleared; `more` is
+    for `start`."""
+    server = start(kind, name, disksize, **more)
     try:
         yield server
     finally:

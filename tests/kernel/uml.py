@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,11 +88,8 @@ def run(
     directory: Path | None = None,
 ) -> Finished:
     """Boot, run `command` in `directory` as root, shut down; killed after `limit_s` seconds."""
-    kernel = program()
     marker = f"guest-status-{uuid.uuid4().hex}"
-    for left in places.abandoned(_PREFIX):
-        _kill_helpers(left)
-    with places.place(_PREFIX) as place:
+    with guest_place() as place:
         init = place / "init"
         init.write_text(
             _INIT.format(
@@ -104,22 +103,35 @@ def run(
             )
         )
         init.chmod(0o700)
-        output = _boot(
-            [
-                kernel,
-                f"mem={memory}",
-                *("rootfstype=hostfs", "rootflags=/", "ro", f"init={init}"),
-                *("con=null", "con0=null,fd:1", "quiet", "loglevel=1"),
-                *(_uml_dir(place), "umid=guest"),
-            ],
-            limit_s,
+        output = boot(
+            place,
+            *("rootfstype=hostfs", "rootflags=/", "ro", f"init={init}"),
+            *("quiet", "loglevel=1"),
+            limit_s=limit_s,
+            memory=memory,
         )
     text, found, after = output.partition(f"{marker} ")
     return Finished(int(after.split()[0]) if found else None, text)
 
 
-def _boot(argv: list[str], limit_s: float) -> str:
-    """The console's text; when this returns no process of the guest is left."""
+@contextmanager
+def guest_place() -> Iterator[Path]:
+    """A directory for one guest; what killed test runs left of theirs is ended first."""
+    for left in places.abandoned(_PREFIX):
+        _kill_helpers(left)
+    with places.place(_PREFIX) as place:
+        yield place
+
+
+def boot(place: Path, *parameters: str, limit_s: float, memory: str = "512M") -> str:
+    """Boot a kernel with these parameters, in a `guest_place`, until it halts or its time is up.
+
+    Returns the console's text; no process of the guest is left then.
+    """
+    argv = [
+        *(program(), f"mem={memory}", "con=null", "con0=null,fd:1"),
+        *(*parameters, _uml_dir(place), "umid=guest"),
+    ]
     # The guest's memory wants a tmpfs: on a disk it is written out again and again.
     shm = Path("/dev/shm")
     memory_place = shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())

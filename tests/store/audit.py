@@ -10,8 +10,10 @@ from zramd.store.pages import Counters, Pages
 from zramd.store.pool import CLASSES
 
 
-def audit(pages: Pages) -> Counters:
+def audit(pages: Pages, *, snug: bool = True) -> Counters:
     """Assert that everything `pages` believes is what stands in the arena; returns the counters.
+
+    `snug`: no object lies in a larger class than it needs, as it may since a limit was reached.
 
     Reads the file, not the mapping, by the layout that arena.py and table.py document: a look at
     a hole of the mapping would fill it.
@@ -23,7 +25,7 @@ def audit(pages: Pages) -> Counters:
     assert magic == b"zramd\0\0\1"
     words = array("Q", os.pread(arena.fd, disksize // PAGE * 8, table_at))
     classes = os.pread(arena.fd, spans, map_at).rstrip(b"\0")
-    found = Counters(huge_since=pages.counters.huge_since)
+    found = Counters(huge_since=pages.counters.huge_since, compacted=pages.counters.compacted)
     objects = []
     for word in words:
         if word == 0:
@@ -50,11 +52,13 @@ def audit(pages: Pages) -> Counters:
         assert address >= end, "two objects overlap"
         assert at % size == 0
         assert at + size <= pages.pool.spans[span].opened <= SPAN
-        assert size >= length > (CLASSES[classes[span] - 2] if classes[span] > 1 else 0)
+        assert size >= length
+        assert not snug or length > (CLASSES[classes[span] - 2] if classes[span] > 1 else 0)
         end = address + size
         used_spans.add(span)
     assert used_spans == {span for span, cls in enumerate(classes) if cls}, "an empty span is kept"
     assert used_spans == set(pages.pool.spans)
+    assert not pages.pool.leaving
 
     table_pages = [any(words[at : at + PAGE // 8]) for at in range(0, len(words), PAGE // 8)]
     assert [bool(page) for page in arena.table_pages.occupied] == table_pages
@@ -64,6 +68,7 @@ def audit(pages: Pages) -> Counters:
     )
     growing = [classes[span] for span, size in opened.items() if size < SPAN]
     assert len(growing) == len(set(growing)), "two spans of a class are opened in part"
-    assert arena.resident() <= arena.used <= arena.used_max
+    assert arena.resident() <= max(arena.used, arena.reserved)
+    assert arena.used <= arena.used_max
     assert found == pages.counters == pages.recount() == pages.snapshot()
     return found

@@ -1,14 +1,21 @@
 """The arena: what it charges, gives back, refuses and leaves behind."""
 
 import os
+import re
+import resource
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import require
 from zramd.errors import BadValue, NoMemory, StoreFull
 from zramd.store import PAGE, arena
 from zramd.store.arena import MAX_DISKSIZE, SPAN, Arena
+
+ROOT = Path(__file__).parents[2]
 
 
 def open_files() -> int:
@@ -92,12 +99,14 @@ def test_memory_is_off_the_account_only_when_it_is_back_with_the_system(monkeypa
     new.occupy(SPAN)
     accounts = []
 
-    class Mapping:
-        def madvise(self, *_):
-            accounts.append(new.used)
+    punch = new._punch
+
+    def look_and_punch(offset, size):
+        accounts.append(new.used)
+        punch(offset, size)
 
     with monkeypatch.context() as patch:
-        patch.setattr(new, "map", Mapping())
+        patch.setattr(new, "_punch", look_and_punch)
         new.vacate(new.spans_at, SPAN)
     assert accounts == [PAGE + SPAN]
     assert new.used == PAGE
@@ -204,3 +213,128 @@ def test_a_host_of_the_other_byte_order_is_refused(monkeypatch):
     monkeypatch.setattr(arena.sys, "byteorder", "big")
     with pytest.raises(BadValue, match="little-endian"):
         Arena(PAGE, "lz4")
+
+
+# Reserved
+
+
+def resident_after_writes(new: Arena) -> int:
+    new.occupy(SPAN)
+    new.map[new.spans_at : new.spans_at + SPAN] = b"x" * SPAN
+    new.vacate(new.spans_at, SPAN)
+    return new.resident()
+
+
+def test_a_reserve_is_in_memory_and_locked_from_the_start_and_stays():
+    new = Arena(64 << 20, "lz4", limit=16 << 20, reserve=True)
+    try:
+        assert new.reserved == new.size == new.resident() <= 16 << 20
+        assert new.reserved > (16 << 20) - 2 * SPAN
+        assert locked() >= new.reserved
+        assert new.used == PAGE
+        assert resident_after_writes(new) == new.reserved
+        assert new.used == PAGE
+    finally:
+        new.close()
+    assert locked() == 0
+
+
+def locked() -> int:
+    """Bytes of this process that are locked in memory."""
+    found = re.search(r"^VmLck:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def test_writing_to_a_reserve_asks_the_system_for_no_page():
+    new = Arena(64 << 20, "lz4", limit=16 << 20, reserve=True)
+    try:
+        whole = new.size - new.spans_at
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for at in range(new.spans_at, new.spans_at + whole, PAGE):
+            new.map[at] = 1
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 16  # Python's own
+    finally:
+        new.close()
+
+
+def test_a_reserve_is_no_larger_than_the_device_can_need():
+    new = Arena(1 << 20, "lz4", limit=1 << 30, reserve=True)
+    assert new.reserved < 10 << 20
+    new.close()
+
+
+def test_a_reserve_has_as_many_spans_as_fit():
+    new = Arena(64 << 20, "lz4", limit=16 << 20, reserve=True)
+    assert new.spans == len(new.span_map)
+    assert new.spans_at + (new.spans + 1) * SPAN > 16 << 20
+    new.close()
+
+
+def test_a_reserve_that_the_table_alone_would_fill_is_refused():
+    with pytest.raises(BadValue, match=r"1M cannot be reserved for a device of 1G"):
+        Arena(1 << 30, "lz4", limit=1 << 20, reserve=True)
+
+
+def test_a_reserve_that_the_machine_does_not_have_is_refused_before_it_is_taken():
+    before = open_files()
+    with pytest.raises(NoMemory, match=r"available") as refused:
+        Arena(1 << 42, "lz4", limit=1 << 41, reserve=True)
+    assert "mem_limit" in str(refused.value.hint)
+    assert open_files() == before
+
+
+def test_a_reserve_that_may_not_be_locked_is_refused():
+    """In a process of its own: root's limit on locked memory does not bind."""
+    script = """
+import ctypes, os, resource
+from zramd.errors import NoMemory
+from zramd.store.arena import Arena
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 20, 1 << 20))
+if os.geteuid() == 0:
+    os.setgid(65534), os.setuid(65534)
+before = os.listdir("/proc/self/fd")
+try:
+    Arena(64 << 20, "lz4", limit=16 << 20, reserve=True)
+except NoMemory as error:
+    assert "RLIMIT_MEMLOCK" in error.hint, error.hint
+    assert os.listdir("/proc/self/fd") == before
+    print("refused")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.stdout == "refused\n", done.stderr
+
+
+def test_a_forked_child_can_hold_the_reserve_for_itself():
+    new = Arena(64 << 20, "lz4", limit=16 << 20, reserve=True)
+    child = os.fork()
+    if child == 0:
+        unlocked = locked()
+        new.hold()
+        os._exit(0 if (unlocked, locked() >= new.reserved) == (0, True) else 1)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        new.close()
+
+
+def test_a_hole_is_punched_where_all_memory_is_locked_too():
+    """As a hardened server has it: MADV_REMOVE would fail there."""
+    script = """
+import ctypes
+from zramd.store.arena import Arena, SPAN
+assert ctypes.CDLL(None).mlockall(2 | 4) == 0
+new = Arena(64 << 20, "lz4")
+new.occupy(SPAN)
+new.map[new.spans_at : new.spans_at + SPAN] = b"x" * SPAN
+before = new.resident()
+new.vacate(new.spans_at, SPAN)
+print(before - new.resident())
+"""
+    require.root()
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.stdout == f"{SPAN}\n", done.stderr

@@ -9,6 +9,7 @@ import os
 import pytest
 
 import zramd.store.arena
+import zramd.store.compaction
 import zramd.store.pages
 import zramd.store.pool
 from tests import interleave
@@ -16,7 +17,7 @@ from tests.store.audit import audit
 from tests.store.contents import ZEROS, filled, noise, text
 from zramd.errors import StoreFull
 from zramd.store import PAGE
-from zramd.store.arena import Arena
+from zramd.store.arena import SPAN, Arena
 from zramd.store.pages import Pages
 from zramd.store.zcomp import Algorithm, Comp
 
@@ -31,11 +32,12 @@ WRITE = {
 OLD = text(1)
 
 
-def store() -> Pages:
+def store(slots: int = 1) -> Pages:
     """A store on the explorer's locks."""
-    arena = Arena(PAGE, "lz4")
+    arena = Arena(slots * PAGE, "lz4")
     pages = Pages(arena, Comp(Algorithm("lz4")))
     arena._lock, pages._count_lock, pages.pool._lock = (interleave.Lock() for _ in range(3))
+    pages._compaction = interleave.Lock()
     pages._slot_locks = [interleave.Lock() for _ in pages._slot_locks]
     return pages
 
@@ -178,3 +180,69 @@ def test_a_charge_and_a_giving_back_at_once_are_both_counted():
         ]
 
     assert interleave.explore(FILES, make) > 50
+
+
+# Compaction: the object of slot 0 is to move into the only hole of another span, and that frees its
+# own. The rest of both spans is full or discarded, and changes nothing.
+
+
+MOVES = {zramd.store.pages.__file__, zramd.store.compaction.__file__}
+CHOICE = {zramd.store.pool.__file__}
+
+BESIDE = {
+    "read": (lambda pages: pages.read(0, PAGE), [noise(0)]),
+    "write noise": (lambda pages: pages.write(0, noise(2)), [noise(2)]),
+    "write a fill": (lambda pages: pages.write(0, filled(7)), [filled(7)]),
+    "discard": (lambda pages: pages.discard(0, PAGE), [ZEROS]),
+    "write a part": (
+        lambda pages: pages.write(1, b"part"),
+        [noise(0)[:1] + b"part" + noise(0)[5:]],
+    ),
+    "write another page": (lambda pages: pages.write(PAGE, noise(3)), [noise(0)]),
+    "discard another page": (lambda pages: pages.discard(20 * PAGE, PAGE), [noise(0)]),
+    "compact": (lambda pages: pages.compact(), [noise(0)]),
+}
+
+
+def sparse_store() -> Pages:
+    pages = store(32)
+    pages.write(0, b"".join(noise(slot) for slot in range(32)))
+    pages.discard(PAGE, 15 * PAGE)
+    pages.discard(31 * PAGE, PAGE)
+    assert pages.pool.gain() == SPAN
+    return pages
+
+
+@pytest.mark.parametrize(
+    ("beside", "limited", "files"),
+    [
+        *((name, True, MOVES) for name in BESIDE),
+        *((name, True, CHOICE) for name in ("write noise", "discard")),
+        ("write noise", False, MOVES),
+    ],
+)
+def test_compaction_beside_any_request_moves_pages_and_changes_none(beside, limited, files):
+    request, after = BESIDE[beside]
+    seen = set()
+
+    def make():
+        pages = sparse_store()
+        if limited:
+            pages.arena.limit = pages.arena.used
+        read = []
+
+        def check() -> None:
+            assert read[0] in (None, 1, noise(0))
+            assert pages.read(0, PAGE) in after
+            wrote = beside == "write another page"
+            assert pages.read(PAGE, PAGE) == (noise(3) if wrote else ZEROS)
+            for slot in range(16, 31):
+                gone = slot == 20 and beside.startswith("discard another")
+                assert pages.read(slot * PAGE, PAGE) == (ZEROS if gone else noise(slot))
+            seen.add(audit(pages).compacted)
+            pages.close()
+
+        return [pages.compact, lambda: read.append(request(pages)), check]
+
+    assert interleave.explore(files, make, stride=5 * STRIDE) > 30
+    assert SPAN // PAGE in seen

@@ -54,6 +54,7 @@ class StoreAgainstBytearray(RuleBasedStateMachine):
         self.ceiling = limit
         """What `used` may not pass: the limit, or what was used when that was set lower."""
         self.huge_since = 0
+        self.snug = not limit
 
     def used(self) -> int:
         return self.pages.arena.used
@@ -118,8 +119,23 @@ class StoreAgainstBytearray(RuleBasedStateMachine):
         content = self.model.content[offset : offset + length]
         holes_agree(content, list(self.pages.extents(offset, length)))
 
+    @rule()
+    def compact(self) -> None:
+        used, gain = self.used(), self.pages.pool.gain()
+        compacted = self.pages.counters.compacted
+        self.pages.compact()
+        assert self.used() == used - gain
+        assert self.pages.counters.compacted == compacted + gain // PAGE
+        assert self.pages.pool.gain() == 0
+
+    @rule(offset=offsets, length=lengths, step=st.integers(2, 20))
+    def discard_here_and_there(self, offset: int, length: int, step: int) -> None:
+        for at in range(offset, min(offset + length, SIZE), step * PAGE):
+            self.discard(at, PAGE)
+
     @rule(limit=limits)
     def change_the_limit(self, limit: int) -> None:
+        self.snug = self.snug and not limit
         self.pages.arena.limit = limit
         self.ceiling = limit and max(limit, self.used())
 
@@ -188,7 +204,7 @@ class StoreAgainstBytearray(RuleBasedStateMachine):
 
     @invariant()
     def accounts_are_right(self) -> None:
-        counters = audit(self.pages)
+        counters = audit(self.pages, snug=self.snug)
         assert counters.huge_since >= max(self.huge_since, counters.huge)
         if self.ceiling:
             assert self.used() <= self.ceiling

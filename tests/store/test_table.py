@@ -15,6 +15,7 @@ from zramd.store.table import (
     inline_fill,
     length_of,
     object_word,
+    with_address,
 )
 
 
@@ -61,3 +62,9 @@ def test_an_objects_word_gives_back_address_length_and_flags(units, length, flag
     assert word < 1 << 64
     assert not word & INLINE
     assert (address_of(word), length_of(word), word & 0xFF) == (units * 16, length, flags)
+
+
+@given(st.integers(1, (1 << 40) - 1), st.integers(1, (1 << 40) - 1), st.integers(0, 127))
+def test_a_word_whose_object_moves_keeps_all_but_its_address(units, others, flags):
+    word = object_word(units * 16, 1234, flags << 1)
+    assert with_address(word, others * 16) == object_word(others * 16, 1234, flags << 1)

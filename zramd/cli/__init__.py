@@ -15,7 +15,10 @@ import click
 from zramd import __version__
 from zramd.errors import BadValue, ZramdError
 
-VERBS: Final = ("list", "up", "down", "serve", "attach", "detach", "get", "set", "reset")
+VERBS: Final = (
+    *("list", "up", "down", "serve", "attach", "detach", "get", "set", "reset"),
+    *("doctor", "check-config", "install-units"),
+)
 _INTERRUPTED: Final = 130
 
 
@@ -28,7 +31,8 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command: click.Command = importlib.import_module(f"zramd.cli.{cmd_name}").command
+        module = f"zramd.cli.{cmd_name.replace('-', '_')}"
+        command: click.Command = importlib.import_module(module).command
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

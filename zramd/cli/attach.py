@@ -1,21 +1,43 @@
 """zramd attach: make the kernel's block device node of a served device."""
 
+from pathlib import Path
+
 import click
 
-from zramd.cli.options import name_argument, talk
-from zramd.kernel import attach
+from zramd.cli.options import NODE, config_in, config_option, name_argument, talk
+from zramd.errors import ZramdError
+from zramd.kernel import attach, use
 from zramd.service.runtime import Paths
 
 
 @click.command()
 @name_argument
+@config_option
 @click.option("--via", type=click.Choice(["nbd", "loop"]), help="How; nbd where the kernel can.")
-def command(name: str, via: attach.Via | None) -> None:
+@click.option("--node", type=NODE, metavar="/dev/nbdN", help="Which; the first free one if not.")
+def command(name: str, file: Path | None, via: attach.Via | None, node: str | None) -> None:
     """Attach the device NAME as a block device; prints the device node.
 
     `nbd` is the kernel's own NBD client; `loop` is nbdfuse and a loop device, for kernels without
     nbd. A device that is attached already keeps its node.
+
+    With --config it gets the node that FILE names, and is made ready for what FILE says it is for:
+    swap space or a file system is made on it if it is blank. Swapping on it, or mounting it, is
+    left to the units that do that.
     """
-    attachment = attach.attach(name, Paths(name).nbd_socket, name, via)
+    content = None
+    if file is not None:
+        config = config_in(file)
+        node, content = config.node, config.content
+    before = attach.attached(name)
+    attachment = attach.attach(name, Paths(name).nbd_socket, name, via, node)
     talk(f"{name} is attached through {attachment.via}")
+    if content is not None:
+        try:
+            use.format(attachment.node, content)
+        except ZramdError:
+            if before is None:
+                attach.detach(name)
+            raise
+        talk(f"{attachment.node} is ready: it holds {content}")
     click.echo(attachment.node)

@@ -102,7 +102,7 @@ COLUMNS: Final = tuple(Column(*row) for row in (
     ("TOTAL", "all RAM taken, the slot table included", "size", _of(lambda s: s.mem_used_total)),
     ("MEM-LIMIT", "limit on TOTAL; 0 is none", "size", _of(lambda s: s.mem_limit)),
     ("MEM-USED", "the highest TOTAL so far", "size", _of(lambda s: s.mem_used_max)),
-    ("MIGRATED", "objects migrated by compaction", "number", _of(lambda s: s.pages_compacted)),
+    ("MIGRATED", "pages given back by compaction", "number", _of(lambda s: s.pages_compacted)),
     ("COMP-RATIO", "compression ratio: DATA/TOTAL", "number", _of(_ratio)),
     ("MOUNTPOINT", "where the device is mounted, or [SWAP]", "text", _used_on),
     ("DEVICE", "the kernel's block device node", "text", _node),

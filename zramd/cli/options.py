@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from zramd import sizes
 from zramd.errors import BadValue, ZramdError
 from zramd.nbd.address import Address, UnixAddress, parse_listen
-from zramd.service import runtime
+from zramd.service import config, runtime
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -82,29 +84,46 @@ def _writable() -> list[str]:
     return list(WRITABLE)
 
 
+def _file(text: str) -> Path:
+    return Path(text) if "/" in text or text.endswith(".toml") else config.path_of(text)
+
+
+def _configured() -> list[str]:
+    return sorted(file.stem for file in config.directory().glob("*.toml"))
+
+
 SIZE = _Value("size", sizes.parse)
+NODE = _Value("node", config.check_node)
 ADDRESS = _Value("address", _address)
 NAME = _Completed("name", runtime.check_name, runtime.names)
+CONFIG = _Completed("file", _file, _configured)
 READABLE = _Completed("attribute", str, _readable)
 WRITABLE = _Completed("attribute", str, _writable)
 ALGORITHM = _Completed("algorithm", str, _algorithms)
 
 name_argument = click.argument("name", type=NAME)
 
+config_option = click.option(
+    *("--config", "file"),
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take the device's configuration from FILE, and not from options.",
+)
+
 
 def device_options(command: _F) -> _F:
-    """What makes a device: parameters disksize, algorithm, mem_limit and listen."""
+    """What makes a device: --config, or the others; `config_of` makes one of what they give."""
     for option in reversed(
         [
+            config_option,
             click.option(
                 *("-s", "--disksize"),
                 type=SIZE,
-                required=True,
                 metavar="SIZE",
                 help="What the device can hold, such as 2G; K, M, G, T are powers of 1024.",
             ),
             click.option(
-                *("-a", "--algorithm"),
+                *("-a", "--algorithm", "comp_algorithm"),
                 type=ALGORITHM,
                 metavar="ALG",
                 help="lz4, lz4hc, zstd or deflate, or with a level: zstd(level=3).",
@@ -116,6 +135,12 @@ def device_options(command: _F) -> _F:
                 help="The RAM that it may take; a write that would pass it fails with ENOSPC.",
             ),
             click.option(
+                "--prealloc/--no-prealloc",
+                default=None,
+                help="Take all of mem_limit at once and lock it in memory. The default for swap,"
+                " with a mem_limit of about half the disksize.",
+            ),
+            click.option(
                 "--listen",
                 type=ADDRESS,
                 multiple=True,
@@ -123,7 +148,43 @@ def device_options(command: _F) -> _F:
                 help="Serve on unix:PATH or tcp:HOST:PORT too. Anyone who can connect may read"
                 " and write. Repeatable.",
             ),
+            click.option(
+                "--allow-deadlock",
+                is_flag=True,
+                help="Serve swap even where the server cannot be hardened against running out of"
+                " memory.",
+            ),
         ]
     ):
         command = option(command)
     return command
+
+
+def config_of(file: Path | None, options: dict[str, Any]) -> config.Config:
+    """The device that `file` describes, or where that is None, `options`: fields of Config."""
+    if file is not None:
+        return config_in(file)
+    if options["disksize"] is None:
+        raise BadValue(
+            "neither --disksize nor --config says what to make",
+            hint=f"give one of them; see `{click.get_current_context().command_path} --help`",
+        )
+    return config.Config(**options)
+
+
+def config_in(file: Path) -> config.Config:
+    """The device that `file` describes. Options that would say the same are refused."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and isinstance(option, click.Option) and option.name not in _BESIDE_A_FILE:
+            said = max(option.opts, key=len)
+            raise BadValue(
+                f"{file} says what the device is, and {said} cannot change that",
+                hint=f"change the file, or leave {said} out",
+            )
+    return config.read(file)
+
+
+_BESIDE_A_FILE: Final = ("file", "via", "background")
+"""What options say that a file does not."""

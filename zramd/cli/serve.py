@@ -1,26 +1,26 @@
 """zramd serve: one device in the foreground, until SIGTERM, SIGINT or `zramd down`."""
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import click
 
-from zramd.cli.options import device_options, name_argument, talk
-from zramd.nbd.address import Address
+from zramd import sizes
+from zramd.cli.options import config_of, device_options, name_argument, talk
 from zramd.service import worker
 
 
 @click.command()
 @name_argument
 @device_options
+@click.option(
+    *("--for", "use"),
+    type=click.Choice(["swap", "mount"]),
+    help="What it will carry: the server is hardened for that. For swap it must succeed.",
+)
 @click.option("--background", is_flag=True, hidden=True, help="How `zramd up` starts it.")
-def command(
-    name: str,
-    disksize: int,
-    algorithm: str | None,
-    mem_limit: int | None,
-    listen: tuple[Address, ...],
-    background: bool,
-) -> None:
+def command(name: str, file: Path | None, background: bool, **options: Any) -> None:
     """Serve the device NAME over NBD, in the foreground.
 
     It listens on NAME/nbd.sock in the runtime directory: $ZRAMD_RUNTIME_DIR, else /run/zramd for
@@ -29,7 +29,14 @@ def command(
     """
     form = "%(asctime)s %(levelname)s %(message)s" if background else "zramd: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form)
-    zram = worker.build(name, disksize, algorithm=algorithm, mem_limit=mem_limit)
-    if zram.disksize != disksize:
-        talk(f"--disksize {disksize} is no multiple of a page: made it {zram.disksize} bytes")
-    worker.run(zram, listen, background=background)
+    config = config_of(file, options)
+    zram, missing = worker.build(name, config)
+    for what in missing:
+        talk(f"{name} can do without, but had better have, {what}")
+    if zram.disksize != config.disksize:
+        made = f"made it {zram.disksize} bytes"
+        talk(f"a disksize of {config.disksize} is no multiple of a page: {made}")
+    reserved = zram.statistics().mem_reserved
+    if reserved:
+        talk(f"{sizes.human(reserved)} of RAM are reserved for {name}")
+    worker.run(zram, config, background=background)

@@ -1,85 +1,115 @@
 """zramd up: serve in the background, attach, and use, as one step that is done or undone."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
 import click
 
 from zramd import sizes
 from zramd.cli.down import stop
-from zramd.cli.options import device_options, name_argument, talk
+from zramd.cli.options import config_in, device_options, name_argument, talk
 from zramd.control.client import Control
-from zramd.errors import BadValue, DeviceBusy, NoServer, ZramdError
+from zramd.errors import BadValue, DeviceBusy, NoServer, NotHardened, ZramdError
 from zramd.kernel import attach, tools, use
-from zramd.nbd.address import Address
-from zramd.service import background
+from zramd.service import background, hardening
+from zramd.service.config import Config, path_of
 from zramd.service.runtime import Paths
 from zramd.store import PAGE
 from zramd.store.zcomp import Algorithm
+
+_PRIORITY: Final = 100
+"""Of swap: it is used before that on disks, which begin at -2."""
 
 
 @click.command()
 @name_argument
 @device_options
 @click.option("--swap", is_flag=True, help="Make it swap space, and swap on it.")
-@click.option("--priority", type=click.IntRange(-1, 32767), help="With --swap; 100 if not given.")
 @click.option(
-    "--mount",
-    "directory",
+    *("--priority", "swap_priority"),
+    type=click.IntRange(-1, 32767),
+    help=f"With --swap; {_PRIORITY} if not given.",
+)
+@click.option(
+    *("--mount", "mount_point"),
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Make a file system on it, and mount it on DIR.",
 )
-@click.option("--fs", "fstype", metavar="TYPE", help="With --mount; ext4 if not given.")
+@click.option("--fs", "fs_type", metavar="TYPE", help="With --mount; ext4 if not given.")
 @click.option("--via", type=click.Choice(["nbd", "loop"]), help="How to attach; nbd where it can.")
 def command(
-    name: str,
-    disksize: int,
-    algorithm: str | None,
-    mem_limit: int | None,
-    listen: tuple[Address, ...],
-    swap: bool,
-    priority: int | None,
-    directory: Path | None,
-    fstype: str | None,
-    via: attach.Via | None,
+    name: str, file: Path | None, swap: bool, via: attach.Via | None, **options: Any
 ) -> None:
     """Bring the device NAME up: serve it in the background, attach it, and use it.
 
-    Prints the device node. What is up already is left as it is, so the same command may be given
-    twice; if a step fails, the steps before it that this command did are undone.
+    Without --disksize, all is as /etc/zramd/NAME.toml says. Prints the device node. What is up
+    already is left as it is, so the same command may be given twice; if a step fails, the steps
+    before it that this command did are undone.
     """
-    if swap and directory is not None:
-        raise BadValue("--swap and --mount exclude each other", hint="choose one of them")
-    if priority is not None and not swap:
-        raise BadValue("--priority goes with --swap", hint="add --swap, or leave it out")
-    if fstype is not None and directory is None:
-        raise BadValue("--fs goes with --mount", hint="add --mount DIR, or leave it out")
+    config = _config(name, file, swap, options)
+    directory = config.mount_point
     if directory is not None and not directory.is_dir():
         raise BadValue(f"{directory} is not a directory", hint=f"mkdir -p {directory}")
+    _check_way(name, config, via)
     tools.need_root(f"attaching {name}")
     with contextlib.ExitStack() as undo:
-        was_served = _serves(name, disksize, algorithm)
+        was_served = _serves(name, config)
         if was_served:
             talk(f"{name} is served already")
         else:
-            for line in background.start(name, _arguments(disksize, algorithm, mem_limit, listen)):
-                click.echo(line, err=True)
+            said = background.start(name, _arguments(config))
             undo.callback(_undo, stop, name)
+            for line in said:
+                click.echo(line, err=True)
         was_attached = was_served and attach.attached(name) is not None
-        attachment = attach.attach(name, Paths(name).nbd_socket, name, via)
+        attachment = attach.attach(name, Paths(name).nbd_socket, name, via, config.node)
         if not was_attached:
             undo.callback(_undo, attach.detach, name)
         talk(f"{name} is attached through {attachment.via}")
-        if swap:
-            use.swapon(attachment.node, 100 if priority is None else priority)
+        _check_way(name, config, attachment.via)
+        if config.use == "swap":
+            use.swapon(attachment.node, _priority(config, attachment.node))
             talk(f"{attachment.node} is swap space")
-        if directory is not None:
-            use.mount(attachment.node, directory, fstype or "ext4")
+        if directory is not None and config.content is not None:
+            use.mount(attachment.node, directory, config.content)
             talk(f"{attachment.node} is mounted on {directory}")
         undo.pop_all()
     click.echo(attachment.node)
+
+
+def _config(name: str, file: Path | None, swap: bool, options: dict[str, Any]) -> Config:
+    """What the options say; for want of them, what the file of the device says."""
+    if file is None and options["disksize"] is None:
+        file = path_of(name)
+        if not os.path.exists(file):
+            raise BadValue(
+                f"neither --disksize nor a file {file} says what {name} is to be",
+                hint="give --disksize SIZE, or write that file",
+            )
+    if file is not None:
+        return config_in(file)
+    mounts = options["mount_point"] is not None
+    if swap and mounts:
+        raise BadValue("--swap and --mount exclude each other", hint="choose one of them")
+    if options["swap_priority"] is not None and not swap:
+        raise BadValue("--priority goes with --swap", hint="add --swap, or leave it out")
+    if options["fs_type"] is not None and not mounts:
+        raise BadValue("--fs goes with --mount", hint="add --mount DIR, or leave it out")
+    return Config(use="swap" if swap else "mount" if mounts else None, **options)
+
+
+def _check_way(name: str, config: Config, via: attach.Via | None) -> None:
+    """NotHardened for swap through loop, known before anything is made or only after."""
+    if via == "loop" and config.use == "swap" and not config.allow_deadlock:
+        raise NotHardened(
+            f"swap on {name} through loop could deadlock: it goes through nbdfuse, which cannot be"
+            " hardened",
+            hint="use a kernel with nbd, or say --allow-deadlock",
+        )
 
 
 def _undo(step: Callable[[str], None], name: str) -> None:
@@ -90,30 +120,58 @@ def _undo(step: Callable[[str], None], name: str) -> None:
         talk(f"and what was done stays: {error.message}")
 
 
-def _serves(name: str, disksize: int, algorithm: str | None) -> bool:
-    """Whether the device is up as wanted; DeviceBusy where it is up otherwise."""
+def _priority(config: Config, node: str) -> int | None:
+    """None where it is on already, and nobody asks for another priority."""
+    if config.swap_priority is None and use.swap_priority(node) is None:
+        return _PRIORITY
+    return config.swap_priority
+
+
+def _serves(name: str, config: Config) -> bool:
+    """Whether the device is up as wanted. DeviceBusy where it is up otherwise, NotHardened where it
+    is to carry swap, and its server was not started for that."""
+    paths = Paths(name)
     try:
-        with Control(Paths(name).control_socket) as control:
+        with Control(paths.control_socket) as control:
             now = control.statistics()
     except NoServer:
         return False
-    same_size = now.disksize == -(-disksize // PAGE) * PAGE
-    if same_size and (algorithm is None or str(Algorithm.parse(algorithm)) == now.algorithm):
-        return True
-    is_now = f"with {sizes.human(now.disksize)}, {now.algorithm}" if now.disksize else "but reset"
-    raise DeviceBusy(
-        f"{name} is up already, {is_now}",
-        hint=f"`zramd down {name}` ends it, pages included",
-    )
+    algorithm, limit = config.comp_algorithm, config.mem_limit
+    if (
+        now.disksize != -(-config.disksize // PAGE) * PAGE
+        or (algorithm is not None and str(Algorithm.parse(algorithm)) != now.algorithm)
+        or (limit is not None and -(-limit // PAGE) * PAGE != now.mem_limit)
+    ):
+        is_now = f"with {sizes.human(now.disksize)}, {now.algorithm}"
+        if now.mem_limit:
+            is_now += f", a mem_limit of {sizes.human(now.mem_limit)}"
+        raise DeviceBusy(
+            f"{name} is up already, {is_now if now.disksize else 'but reset'}",
+            hint=f"`zramd down {name}` ends it, pages included",
+        )
+    if config.use == "swap" and not config.allow_deadlock:
+        lacks = hardening.lacking(Path("/proc", paths.lock.read_text().strip()))
+        if config.reserves and not now.mem_reserved:
+            lacks.append("preallocated memory")
+        if lacks:
+            raise NotHardened(
+                f"swap on {name} could deadlock: its server has no {', no '.join(lacks)}",
+                hint=f"zramd down {name}, then `zramd up` it with --swap",
+            )
+    return True
 
 
-def _arguments(
-    disksize: int, algorithm: str | None, mem_limit: int | None, listen: tuple[Address, ...]
-) -> list[str]:
+def _arguments(config: Config) -> list[str]:
     """What `zramd serve` is given, in the words of device_options."""
-    arguments = [f"--disksize={disksize}"]
-    if algorithm is not None:
-        arguments.append(f"--algorithm={algorithm}")
-    if mem_limit is not None:
-        arguments.append(f"--mem-limit={mem_limit}")
-    return arguments + [f"--listen={address}" for address in listen]
+    arguments = [f"--disksize={config.disksize}"]
+    if config.comp_algorithm is not None:
+        arguments.append(f"--algorithm={config.comp_algorithm}")
+    if config.mem_limit is not None:
+        arguments.append(f"--mem-limit={config.mem_limit}")
+    if config.prealloc is not None:
+        arguments.append("--prealloc" if config.prealloc else "--no-prealloc")
+    if config.use is not None:
+        arguments.append(f"--for={config.use}")
+    if config.allow_deadlock:
+        arguments.append("--allow-deadlock")
+    return arguments + [f"--listen={address}" for address in config.listen]

@@ -11,7 +11,8 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -105,6 +106,7 @@ class ControlThread:
         """`stop` is called in that thread when a client has asked the server to end."""
         self._server = ControlServer(zram, path, stop)
         self._loop: asyncio.AbstractEventLoop
+        self._beside: list[Future[None]] = []
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
     def start(self) -> None:
@@ -117,9 +119,15 @@ class ControlThread:
             self._end_loop()
             raise
 
+    def run_beside(self, work: Coroutine[None, None, None]) -> None:
+        """Have `work` done on the same event loop, until `close`."""
+        self._beside.append(asyncio.run_coroutine_threadsafe(work, self._loop))
+
     def close(self) -> None:
         """End the service and the thread. Idempotent; not to be called from that thread."""
         if self._thread.is_alive():
+            for work in self._beside:
+                work.cancel()
             asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
             self._end_loop()
 

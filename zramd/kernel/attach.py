@@ -1,6 +1,7 @@
 """Make a block device node of a served device, and take it away again.
 
-    attach(name, socket, export="", via=None) -> Attachment     # .node is ready, with its size
+    attach(name, socket, export="", via=None, node=None)
+        -> Attachment                       # .node is ready, with its size
     detach(name) -> None                                        # idempotent
     attached(name) -> Attachment | None
     cut(attachment) -> None                 # the server has dropped the device
@@ -29,6 +30,7 @@ from typing import Final, Literal, Protocol, cast
 from zramd.errors import BadValue, DeviceBusy, NoServer, ZramdError
 from zramd.kernel import loop, nbd, tools
 from zramd.kernel.state import held, users
+from zramd.service.config import check_node
 from zramd.service.runtime import Paths
 
 Via = Literal["nbd", "loop"]
@@ -47,7 +49,7 @@ class Attachment:
 
 class _Way(Protocol):
     def missing(self) -> ZramdError | None: ...
-    def attach(self, directory: Path, server: Path, export: str) -> str: ...
+    def attach(self, directory: Path, server: Path, export: str, node: str | None) -> str: ...
     def find(self, directory: Path) -> str | None: ...
     def alive(self, node: str) -> bool: ...
     def cut(self, node: str) -> None: ...
@@ -58,24 +60,32 @@ _WAYS: Final[dict[Via, _Way]] = {"nbd": cast(_Way, nbd), "loop": cast(_Way, loop
 """In the order in which they are tried."""
 
 
-def attach(name: str, socket: Path, export: str = "", via: Via | None = None) -> Attachment:
+def attach(
+    name: str, socket: Path, export: str = "", via: Via | None = None, node: str | None = None
+) -> Attachment:
     """The kernel's node for the export `export` on the Unix socket `socket`.
 
-    `via` None: through nbd where the kernel has it, else through loop. A device that is attached
-    already keeps its node. An attachment whose server is gone is cleared first.
+    `via` None: through nbd where the kernel has it, else through loop. `node` is one of nbd's, such
+    as /dev/nbd3; None: the first that is free. A device that is attached already keeps its node.
+    An attachment whose server is gone is cleared first.
 
     Raises NeedsRoot; NoServer; ToolMissing when no way (or not the one asked for) can be gone on
-    this machine; DeviceBusy when it is attached the other way, or when a dead attachment is still
-    in use; AttachFailed; BadValue.
+    this machine; DeviceBusy when it is attached the other way or at another node, when `node` is
+    another's, or when a dead attachment is still in use; AttachFailed; BadValue.
     """
     if via is not None and via not in _WAYS:
         raise BadValue(f"{via!r} is not a way to attach", hint="use nbd or loop")
+    if node is not None:
+        check_node(node)
+        if via == "loop":
+            raise BadValue(f"through loop it cannot be {node}", hint="use nbd, or name no node")
+        via = "nbd"
     tools.need_root(f"attaching {name}")
     directory = Paths(name).dir
     with _alone(name, directory):
         existing = attached(name)
         if existing is not None and _WAYS[existing.via].alive(existing.node):
-            if via not in (None, existing.via):
+            if via not in (None, existing.via) or node not in (None, existing.node):
                 raise DeviceBusy(
                     f"{name} is attached as {existing.node} through {existing.via} already",
                     hint=f"zramd detach {name}",
@@ -83,7 +93,7 @@ def attach(name: str, socket: Path, export: str = "", via: Via | None = None) ->
             return existing
         _clear(name)
         way = _choose(via)
-        return Attachment(name, _WAYS[way].attach(directory, socket, export), way)
+        return Attachment(name, _WAYS[way].attach(directory, socket, export, node), way)
 
 
 def detach(name: str) -> None:

@@ -40,8 +40,9 @@ def missing() -> ZramdError | None:
     return next((tools.missing(p) for p in ("nbdfuse", "losetup") if not tools.find(p)), None)
 
 
-def attach(directory: Path, server: Path, export: str) -> str:
+def attach(directory: Path, server: Path, export: str, node: str | None) -> str:
     """Make a node of the export on the socket `server`; all or nothing."""
+    assert node is None, "which loop device it is losetup finds"
     mount = directory / _MOUNT
     try:
         mount.mkdir(0o700)

@@ -19,7 +19,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from zramd.errors import AttachFailed, NeedsRoot, NoServer, ToolMissing, ZramdError
+from zramd.errors import AttachFailed, DeviceBusy, NeedsRoot, NoServer, ToolMissing, ZramdError
 from zramd.kernel import netlink, tools
 from zramd.kernel.state import SYS_BLOCK
 from zramd.nbd.client import negotiate
@@ -48,8 +48,12 @@ def missing() -> ZramdError | None:
     )
 
 
-def attach(directory: Path, server: Path, export: str) -> str:
-    """Connect the kernel to the server on the socket `server`; the node, ready, with its size."""
+def attach(directory: Path, server: Path, export: str, node: str | None) -> str:
+    """Connect the kernel to the server on the socket `server`; the node, ready, with its size.
+
+    Raises DeviceBusy where `node` is another's.
+    """
+    asked = None if node is None else _index(node)
     with _connect(server) as connection:
         info = negotiate(connection, export)
         connection.settimeout(None)
@@ -60,12 +64,14 @@ def attach(directory: Path, server: Path, export: str) -> str:
             )
         identifier = f"zramd:{directory}#{os.fstat(connection.fileno()).st_ino}"
         try:
-            index = netlink.nbd_connect(connection, info.size, PAGE, info.flags, identifier)
+            index = netlink.nbd_connect(connection, info.size, PAGE, info.flags, identifier, asked)
         except PermissionError as error:
             raise NeedsRoot(
                 "the kernel lets only root connect nbd devices", hint="run it with sudo"
             ) from error
         except OSError as error:
+            if node is not None and error.errno == errno.EBUSY:
+                raise _taken(node) from error
             raise AttachFailed(
                 f"the kernel's nbd refused the connection: {error.strerror}",
                 hint="`dmesg | tail` may say why",
@@ -127,9 +133,40 @@ def cut_if_dead(node: str) -> None:
 def cut(node: str) -> None:
     """End the node's connection. Requests under way get EIO, and so do all that come."""
     try:
-        netlink.nbd_disconnect(int(node.removeprefix("/dev/nbd")))
+        netlink.nbd_disconnect(_index(node))
     except OSError as error:
         raise AttachFailed(f"the kernel did not disconnect {node}: {error.strerror}") from error
+
+
+def _index(node: str) -> int:
+    return int(node.removeprefix("/dev/nbd"))
+
+
+def _taken(node: str) -> DeviceBusy:
+    """Who has the node that the kernel did not give us, and how to have it freed."""
+    sys = SYS_BLOCK / Path(node).name
+    holder, _inode = _identifier(sys / "backend")
+    if holder.startswith("zramd:"):
+        name = Path(holder).name
+        return DeviceBusy(
+            f"{node} is taken by the zramd device of {holder.removeprefix('zramd:')}",
+            hint=f"zramd detach {name}, or choose another node",
+        )
+    return DeviceBusy(
+        f"{node} is taken by {_who(sys)}", hint=f"nbd-client -d {node}, or choose another node"
+    )
+
+
+def _who(sys: Path) -> str:
+    """Another's connection, by the name that it has there, or else by its process."""
+    for told, kind in (("backend", "the connection"), ("pid", "process")):
+        try:
+            name = os.fsdecode((sys / told).read_bytes()).strip()
+        except OSError:
+            continue
+        if name:
+            return f"{kind} {name}"
+    return "another connection"
 
 
 def _identifier(backend: Path) -> tuple[str, str]:

@@ -59,21 +59,28 @@ def nbd_family() -> int:
 
 
 def nbd_connect(
-    connection: socket.socket, size: int, block_size: int, flags: int, identifier: str
+    connection: socket.socket,
+    size: int,
+    block_size: int,
+    flags: int,
+    identifier: str,
+    index: int | None = None,
 ) -> int:
     """Give the kernel a negotiated NBD connection; the index N of the /dev/nbdN that it took.
 
-    No index is asked for: the kernel takes the first unused one, or makes one, under its own
-    lock. `size` and `block_size` are bytes, `flags` the server's transmission flags. `identifier`
-    can be read in /sys/block/nbdN/backend for as long as the device is connected (since Linux
-    5.14, 6497ef8df568 "nbd: provide a way for userspace processes to identify device backends").
+    It makes the device of the `index` asked for where there is none (EBUSY: it is connected); None
+    asked for, it takes the first unused one, or makes one; all under its own lock. `size` and
+    `block_size` are bytes, `flags` the server's transmission flags. `identifier` can be read in
+    /sys/block/nbdN/backend for as long as the device is connected (since Linux 5.14, 6497ef8df568
+    "nbd: provide a way for userspace processes to identify device backends").
     """
     item = _attribute(_NBD_SOCK_FD, _U32.pack(connection.fileno()))
     sockets = _attribute(_NBD_SOCK_ITEM | _NESTED, item)
     answer = _ask_generic(
         nbd_family(),
         _NBD_CONNECT,
-        _attribute(_NBD_SIZE_BYTES, _U64.pack(size))
+        (b"" if index is None else _attribute(_NBD_INDEX, _U32.pack(index)))
+        + _attribute(_NBD_SIZE_BYTES, _U64.pack(size))
         + _attribute(_NBD_BLOCK_SIZE_BYTES, _U64.pack(block_size))
         + _attribute(_NBD_SERVER_FLAGS, _U64.pack(flags))
         + _attribute(_NBD_SOCKETS | _NESTED, sockets)

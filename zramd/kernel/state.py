@@ -22,11 +22,13 @@ _PROBE: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of mountinfo: what is mounted (a node, usually), where, and its device number."""
+    """One line of mountinfo: what is mounted (a node, usually), where, its device number, and its
+    file system's type."""
 
     source: str
     target: str
     device: int
+    fstype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,9 @@ def mounts() -> list[Mount]:
         before, _, after = line.partition(" - ")
         _id, _parent, device, _root, target, *_options = before.split()
         major, _, minor = device.partition(":")
-        source = after.split(" ")[1]
+        fstype, source, *_options = after.split(" ")
         number = os.makedev(int(major), int(minor))
-        found.append(Mount(_unescape(source), _unescape(target), number))
+        found.append(Mount(_unescape(source), _unescape(target), number, fstype))
     return found
 
 

@@ -1,13 +1,14 @@
 """Use a block device node for swap or a file system, and stop using it.
 
-    swapon(node, priority=None)             # mkswap, swapon --discard
-    mount(node, directory, fstype="ext4")   # mkfs, mount -o discard
+    format(node, content)                   # mkswap or mkfs, where it is blank
+    swapon(node, priority=None)             # format, swapon --discard
+    mount(node, directory, fstype="ext4")   # format, mount -o discard
     users(node) -> list[User]               # .kind "swap", "mount" or "holder", and .where
     release(node)                           # swapoff, umount
 
 Promises
-1. Nothing that is on the node is overwritten: a file system of the wanted type is mounted as it
-   is, anything else is refused.
+1. Nothing that is on the node is overwritten: swap space, or a file system of the wanted type, is
+   used as it is, anything else is refused.
 2. `release` undoes the uses in reverse order and stops at the first that fails; what it has not
    come to still stands, and so does the attachment.
 3. A dead server does not hang `release`: the node is cut off first, so that what waits for the
@@ -20,13 +21,34 @@ from pathlib import Path
 
 from zramd.errors import BadValue, UseFailed
 from zramd.kernel import nbd, tools
-from zramd.kernel.state import User, processes_in, users
+from zramd.kernel.state import User, mounts, processes_in, users
 
-__all__ = ["User", "mount", "release", "swapon", "users"]
+__all__ = ["User", "format", "mount", "release", "swapon", "users"]
+
+
+def format(node: str, content: str) -> None:
+    """Make swap space ("swap") or a file system (its type) on the node; there already: nothing."""
+    if re.fullmatch(r"[a-z][a-z0-9]*", content) is None:
+        raise BadValue(f"{content!r} is not a file system type", hint="use ext4, xfs or btrfs")
+    tools.need_root(f"formatting {node}")
+    found = _content(node)
+    if found == content:
+        return
+    if found is not None:
+        raise UseFailed(
+            f"{node} holds {found} already, and it stays",
+            hint=f"reset the device, or `wipefs -a {node}`, if nobody needs that",
+        )
+    _refuse_use(node, users(node))
+    if content == "swap":
+        tools.run("mkswap", node, error=UseFailed)
+    else:
+        tools.run(f"mkfs.{content}", "-q", node, error=UseFailed)
 
 
 def swapon(node: str, priority: int | None = None) -> None:
-    """Make the node swap space and swap on it, freed pages discarded. Swap already: nothing.
+    """Make the node swap space and swap on it, freed pages discarded. Swap already, with this
+    priority or for None: nothing.
 
     `priority` -1 to 32767, higher is used first; None leaves it to the kernel.
     """
@@ -35,13 +57,26 @@ def swapon(node: str, priority: int | None = None) -> None:
     tools.need_root(f"swapping on {node}")
     in_use = users(node)
     if in_use == [User("swap", "[SWAP]")]:
+        has = swap_priority(node)
+        if priority not in (None, has):
+            raise UseFailed(
+                f"{node} is swap space already, with priority {has}",
+                hint=f"`swapoff {node}` first, or leave the priority as it is",
+            )
         return
     _refuse_use(node, in_use)
-    if _content(node) not in (None, "swap"):
-        raise _occupied(node)
-    tools.run("mkswap", node, error=UseFailed)
+    format(node, "swap")
     options = [] if priority is None else ["--priority", str(priority)]
     tools.run("swapon", "--discard", *options, node, error=UseFailed)
+
+
+def swap_priority(node: str) -> int | None:
+    """The priority of the swap on this node; None where it is none."""
+    for line in Path("/proc/swaps").read_text(errors="surrogateescape").splitlines()[1:]:
+        name, _type, _size, _used, priority = line.split()
+        if name == node:
+            return int(priority)
+    return None
 
 
 def mount(node: str, directory: Path, fstype: str = "ext4") -> None:
@@ -55,14 +90,17 @@ def mount(node: str, directory: Path, fstype: str = "ext4") -> None:
         raise BadValue(f"{directory} is not a directory", hint=f"mkdir -p {directory}")
     tools.need_root(f"mounting {node}")
     in_use = users(node)
-    if User("mount", os.path.realpath(directory)) in in_use:
-        return
+    target = os.path.realpath(directory)
+    if User("mount", target) in in_use:
+        types = {mount.fstype for mount in mounts() if mount.target == target}
+        if fstype in types:
+            return
+        raise UseFailed(
+            f"{node} is mounted on {directory} already, as {', '.join(types)}",
+            hint="unmount it first, or leave the type as it is",
+        )
     _refuse_use(node, in_use)
-    content = _content(node)
-    if content not in (None, fstype):
-        raise _occupied(node)
-    if content is None:
-        tools.run(f"mkfs.{fstype}", "-q", node, error=UseFailed)
+    format(node, fstype)
     tools.run("mount", "-t", fstype, "-o", "discard", node, os.fspath(directory), error=UseFailed)
 
 
@@ -112,10 +150,3 @@ def _refuse_use(node: str, in_use: list[User]) -> None:
             f"{node} is in use already: {', '.join(map(str, in_use))}",
             hint="`zramd down` stops that use",
         )
-
-
-def _occupied(node: str) -> UseFailed:
-    return UseFailed(
-        f"{node} holds {_content(node)} already, and it stays",
-        hint=f"reset the device, or `wipefs -a {node}`, if nobody needs that",
-    )

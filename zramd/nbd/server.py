@@ -2,7 +2,7 @@
 
 Promises:
 1. A unix socket has mode 0600 from its first moment; a stale one is replaced, a live one and
-   anything that is no socket stay untouched, and we remove none but our own.
+   anything that is no socket stay untouched, and we remove none but our own: not an adopted one.
 2. A forced reset of the device ends the connections that were open before it, after all that was
    sent has been answered, with EIO where it was not admitted; those of the next generation live on.
 3. After `close` nothing is left: no socket, no connection, no thread, no Opener.
@@ -24,7 +24,7 @@ from zramd.errors import BadValue, ServerExists
 from zramd.nbd.address import Address, TcpAddress, UnixAddress
 from zramd.nbd.connection import LINGER_SECONDS, Connection
 
-_THREADS = min(os.cpu_count() or 1, 8)
+THREADS = min(os.cpu_count() or 1, 8)
 """More would only queue for the GIL between two pages."""
 
 _BACKLOG = 1024
@@ -36,7 +36,7 @@ class Server:
 
     def __init__(self, zram: Zram) -> None:
         self.zram = zram
-        self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="nbd")
+        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nbd")
         self.closing = False
         self.live: set[Connection] = set()
         self.addresses: list[Address] = []
@@ -50,6 +50,11 @@ class Server:
     def connections(self) -> int:
         """Connections there are, those still negotiating included."""
         return len(self.live)
+
+    @property
+    def serving(self) -> list[Connection]:
+        """Connections that have opened the device."""
+        return [connection for connection in self.live if connection.serving]
 
     async def listen(self, address: Address) -> None:
         """Binds `address` and accepts from now on.
@@ -74,6 +79,13 @@ class Server:
         self._listeners.append(listener)
         self.addresses.append(address)
 
+    async def adopt(self, sock: socket.socket) -> None:
+        """Accepts from a stream socket that listens already; whoever made its file removes it."""
+        self._loop = loop = asyncio.get_running_loop()
+        listener = await loop.create_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
+        self._listeners.append(listener)
+        self.addresses.append(address_of(sock))
+
     async def close(self) -> None:
         """Stops accepting, answers what is in flight, closes the connections, unlinks sockets."""
         self.closing = True
@@ -84,7 +96,7 @@ class Server:
         for path, bound in self._sockets:
             _unlink_if_ours(path, bound)
         self._listeners, self._sockets, self.addresses = [], [], []
-        serving = [connection for connection in self.live if connection.serving]
+        serving = self.serving
         for connection in list(self.live):
             connection.end(errno.ESHUTDOWN)
         if serving:
@@ -109,6 +121,15 @@ class Server:
         for connection in list(self.live):
             if connection.outdated:
                 connection.end(errno.EIO)
+
+
+def address_of(sock: socket.socket) -> Address:
+    """Where a socket listens; of an abstract one, with the @ that ss(8) shows."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        path = os.fsdecode(name)
+        return UnixAddress(Path("@" + path[1:] if path.startswith("\0") else path))
+    return TcpAddress(name[0], name[1])
 
 
 def _bind_unix(address: UnixAddress) -> socket.socket:

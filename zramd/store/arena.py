@@ -6,20 +6,27 @@
     spans       64 KiB each, the pool's objects (`pool.py`)
 
 The file is a memfd, or a file of the user's, and sparse: only what has been written occupies
-memory. Nothing here is moved or resized while it is mapped, so views stay valid until `close`.
+memory. Or it is reserved: no larger than `limit`, every page of it faulted in and locked before the
+first write, and kept until `close`. Then no write ever has to ask the system for memory, which is
+what swap wants: the system asks for writes when it has none. Nothing here is moved or resized while
+it is mapped, so views stay valid until `close`.
 
 Promises
-1. `used` is at least what the file occupies in the system, in whole pages, and never passes
-   `limit` through `occupy`, not even for a moment: it is charged before the memory is touched.
-2. A page or span given back with `vacate` is back with the system when the call returns.
+1. `used` never passes `limit` through `occupy`, not even for a moment: it is charged before the
+   memory is touched. Unless reserved, it is at least what the file occupies in the system, in whole
+   pages; reserved, the file occupies `reserved`, which is at most `limit`.
+2. A page or span given back with `vacate` is back with the system when the call returns, or with
+   the reserve.
 3. A process killed at any instruction leaves a readable header: it is written once, magic last.
 
 Assumes little-endian hosts, and that its caller touches no byte of the table, the span map or a
 span that it has not occupied first.
 """
 
+import ctypes
 import mmap
 import os
+import re
 import struct
 import sys
 import threading
@@ -37,7 +44,12 @@ MAGIC: Final = b"zramd\x00\x00\x01"
 _HEADER: Final = struct.Struct("<8sQQQQQ64s")  # magic, disksize, three offsets, spans, algorithm
 
 MAX_DISKSIZE: Final = 4 << 40
-"""16 times this is reserved as address space, half of what x86-64 and arm64 give a process."""
+"""16 times this is taken as address space, half of what x86-64 and arm64 give a process."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_off_t: Final = ctypes.c_int64
+_PUNCH_HOLE: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python has no name for it
 
 
 class Arena:
@@ -46,10 +58,18 @@ class Arena:
     A memfd, or a new file at `path`, which goes when the arena closes. Raises BadValue for a
     disksize beyond MAX_DISKSIZE or a file that exists, NoMemory where the system refuses.
     `algorithm` is kept in the header for whoever reads the arena later.
+
+    `reserve`: take all of `limit` now. BadValue where that is no more than the table needs.
     """
 
     def __init__(
-        self, disksize: int, algorithm: str, *, limit: int = 0, path: Path | None = None
+        self,
+        disksize: int,
+        algorithm: str,
+        *,
+        limit: int = 0,
+        reserve: bool = False,
+        path: Path | None = None,
     ) -> None:
         if sys.byteorder != "little":
             raise BadValue("zramd's arena is defined for little-endian machines only")
@@ -64,15 +84,30 @@ class Arena:
         # Every live object can come to sit alone in its span, so as many spans as slots are
         # enough for any history; the slack is for objects that replace others, in flight.
         spans = slots + 4096
+        if reserve:
+            # What is stored raw, all of it, and a span that every class has begun.
+            spans = min(-(-disksize // SPAN) + 128, _spans_within(limit, map_at))
+            if spans <= 0:
+                raise BadValue(
+                    f"a mem_limit of {human(limit)} cannot be reserved for a device of"
+                    f" {human(disksize)}",
+                    hint=f"its table alone takes {human(map_at)}; half the disksize is usual",
+                )
         spans_at = _round_up(map_at + spans, SPAN)
         self.size = spans_at + spans * SPAN
         self.slots = slots
+        self.spans = spans
+        """How many spans there are room for."""
+        self.reserved = self.size if reserve else 0
+        """Bytes taken from the system for good; 0 where memory is taken as it is needed."""
         self.spans_at = spans_at
         self.limit = limit
         self.used = 0
         self.used_max = 0
         self._lock = threading.Lock()  # leaf lock; protects used and used_max
         self._path = path
+        if reserve:
+            _must_be_available(self.size)
         self.table_pages = Region(self, table_at, _pages(slots * 8))
         self.map_pages = Region(self, map_at, _pages(spans))
         self.fd = _create(path)  # last of what can fail alone: from here on there is much to undo
@@ -80,10 +115,13 @@ class Arena:
             os.ftruncate(self.fd, self.size)
             self.map = mmap.mmap(self.fd, self.size)
             self._prepare_map()
+            if reserve:
+                self.hold()
+        except NoMemory:
+            self._drop()
+            raise
         except (OSError, OverflowError, ValueError) as error:
-            os.close(self.fd)
-            if path is not None:
-                path.unlink()
+            self._drop()
             raise NoMemory(
                 f"no memory for a device of {human(disksize)}: {error}",
                 hint=f"the arena needs {human(self.size)} of address space (not of RAM):"
@@ -103,26 +141,70 @@ class Arena:
             self.map.madvise(mmap.MADV_NOHUGEPAGE)
         except OSError:
             pass  # a kernel without huge pages
-        self.map.madvise(mmap.MADV_REMOVE, 0, PAGE)
+        self._punch(0, PAGE)
+
+    def _drop(self) -> None:
+        """Undo what `__init__` has made so far."""
+        if hasattr(self, "map"):
+            self.map.close()
+        os.close(self.fd)
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def hold(self) -> None:
+        """Have every page of a reserved arena in memory, and keep it there; again after a fork,
+        whose child inherits the map and not the lock. Raises OSError, NoMemory."""
+        try:
+            self.map.madvise(_MADV_POPULATE_WRITE)
+        except OSError:  # an old kernel, or no memory: which of them, writing tells
+            for page in range(0, self.size, PAGE):
+                self.map[page] = 0
+        here = ctypes.c_char.from_buffer(self.map)
+        try:
+            start = ctypes.c_void_p(ctypes.addressof(here))
+            locked = _libc.mlock(start, ctypes.c_size_t(self.size))
+            number = ctypes.get_errno()
+        finally:
+            del here  # or the map could not be closed
+        if locked != 0:
+            raise NoMemory(
+                f"{human(self.size)} cannot be locked in memory: {os.strerror(number)}",
+                hint="raise RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=infinity), give it CAP_IPC_LOCK,"
+                " or do not preallocate",
+            )
 
     def occupy(self, size: int) -> None:
         """Charge `size` bytes about to be touched. Raises StoreFull, having charged nothing."""
         with self._lock:
             used = self.used + size
             if self.limit and used > self.limit:
-                raise StoreFull(
-                    f"mem_limit of {human(self.limit)} reached",
-                    hint="raise mem_limit, or discard what is no longer needed",
-                )
+                raise self.full()
             self.used = used
             if used > self.used_max:
                 self.used_max = used
 
+    def full(self) -> StoreFull:
+        """The error for what does not fit any more."""
+        if not self.limit:
+            return StoreFull("every span of the arena is in use")
+        if self.reserved:
+            hint = "discard what is no longer needed, or reset the device for a higher mem_limit"
+        else:
+            hint = "raise mem_limit, or discard what is no longer needed"
+        return StoreFull(f"mem_limit of {human(self.limit)} reached", hint=hint)
+
     def vacate(self, offset: int, size: int) -> None:
-        """Give `size` occupied bytes at `offset` (both multiples of PAGE) back to the system."""
-        self.map.madvise(mmap.MADV_REMOVE, offset, size)
+        """Give `size` occupied bytes at `offset` (both multiples of PAGE) back to the system, or
+        leave them to whoever occupies them next."""
+        if not self.reserved:
+            self._punch(offset, size)
         with self._lock:
             self.used -= size
+
+    def _punch(self, offset: int, size: int) -> None:
+        # Not MADV_REMOVE, which does the same, but not where memory is locked.
+        if _libc.fallocate(self.fd, _PUNCH_HOLE, _off_t(offset), _off_t(size)) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def forget_used_max(self) -> None:
         """Let the peak be what is used now."""
@@ -138,10 +220,7 @@ class Arena:
         self.span_map.release()
         self.table.release()
         self.view.release()
-        self.map.close()
-        os.close(self.fd)
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        self._drop()
 
 
 class Region:
@@ -162,6 +241,27 @@ class Region:
         """Give this page, all zeros, back; the caller holds the lock that guards it."""
         self.occupied[page] = 0
         self._arena.vacate(self._offset + page * PAGE, PAGE)
+
+
+def _spans_within(limit: int, map_at: int) -> int:
+    """How many spans fit, with their map before them."""
+    spans = (limit - map_at) // (SPAN + 1)
+    while spans > 0 and _round_up(map_at + spans, SPAN) + spans * SPAN > limit:
+        spans -= 1
+    return spans
+
+
+def _must_be_available(size: int) -> None:
+    """NoMemory where the machine has less: taking it would have programs killed."""
+    try:
+        found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        return
+    if found is not None and int(found[1]) * 1024 < size:
+        raise NoMemory(
+            f"{human(size)} of RAM cannot be reserved: {human(int(found[1]) * 1024)} is available",
+            hint="choose a lower mem_limit, or do not preallocate",
+        )
 
 
 def _create(path: Path | None) -> int:

@@ -3,7 +3,8 @@
 A write of whole pages is five moves; what each makes impossible is what makes the whole safe:
 
 1. Encode, under no lock: same-filled, compressed, or raw where compression does not pay.
-2. Take objects. Refused (StoreFull): nothing has changed, no slot has been looked at.
+2. Take objects. Refused (StoreFull): nothing has changed, no slot has been looked at. But first
+   room is made, see `_with_room`.
 3. Copy the bytes in, under no lock: nobody else knows these objects.
 4. Swap the slot words under the slot lock, remembering the old ones. From here on readers see
    the new pages; a process killed before this instruction leaves the old ones.
@@ -17,22 +18,28 @@ Promises
    may fail with its first parts written, as a disk's may.
 3. Discard and zero cost what is stored in their range, not its length.
 4. When no call is under way, the counters equal a recount of the table (`recount`).
+5. A write is refused only where compaction could not free a span either; and, when that has come
+   to pass with less than a 64th of the memory free, those that fill empty slots at once, until so
+   much is free. Swap that is full must be so quickly and for some time, or the kernel goes on and
+   on trying instead of killing somebody.
 
 Assumes 0 <= offset, 0 <= length, offset + length <= disksize: the device checks. Any number of
 threads may call. Slot locks are striped by table page (512 slots, 2 MiB of device); codecs run
 outside them, except for a write that does not start or end on a page, which must read, modify
-and write in one hold of the lock.
+and write in one hold of the lock. Lock order: compaction, slot, pool, the arena's account.
 """
 
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from zramd.errors import Corrupt, StoreFull
 from zramd.store import PAGE
-from zramd.store.arena import Arena
+from zramd.store.arena import SPAN, Arena
+from zramd.store.compaction import empty_leaving_spans
 from zramd.store.pool import CLASSES, Pool
 from zramd.store.table import (
     ADDRESS_SHIFT,
@@ -53,8 +60,24 @@ from zramd.store.zcomp import FAILURES, Buffer, Comp
 HUGE_LENGTH: Final = CLASSES[-2] + 1
 """From this compressed length on a page takes a 4096-byte object anyway, so it is stored raw."""
 
+FULL_SHARE: Final = 64
+"""Of the memory, what must be free before a full store takes new pages again. Without, a kernel
+whose swap was full had not killed anybody after 5 minutes, and nothing went on; with, TODO."""
+
+SPARSE_SHARE: Final = 8
+SPARSE_LEAST: Final = 1 << 20
+"""Sparse is what would lose an eighth of its memory, and a MiB, by compaction. That costs 2 ms for
+each MiB gained; with less to gain it costs more, 4.5 ms where it is a twentieth (lz4, programs)."""
+
+_WORTH_SHARE: Final = 128
+"""A write compacts before it takes larger objects than it needs where that gives back this share of
+the memory: the scan, 50 us a table page, then costs less than the writes that fill what is gained.
+"""
+
 _STRIPES: Final = 64
 _ZEROS: Final = bytes(PAGE)
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -67,6 +90,8 @@ class Counters:
     huge: int = 0
     huge_since: int = 0
     """Huge pages ever written; never falls."""
+    compacted: int = 0
+    """Pages of memory that compaction has given back; never falls."""
 
 
 class Pages:
@@ -77,6 +102,11 @@ class Pages:
         self.pool = Pool(arena)
         self.comp = comp
         self.counters = Counters()
+        self.checkpoint: Callable[[], None] = lambda: None
+        """Called now and then by what takes long, with no slot lock held; what it raises ends that,
+        and the write that has waited for it."""
+        self._full = False  # no empty slot is filled any more
+        self._compaction = threading.Lock()  # before the slot locks; held by the one who compacts
         self._count_lock = threading.Lock()  # leaf lock; protects counters
         self._slot_locks = [threading.Lock() for _ in range(_STRIPES)]
 
@@ -172,24 +202,35 @@ class Pages:
 
     def _write_pages(self, start: int, stop: int, view: memoryview) -> None:
         """Whole pages of one table page."""
-        words, huge = self._stage(view)
+        self._check_full(start, stop)
+        words, huge = self._stage(view, self._take)
         try:
-            with self._slot_lock(start):
-                olds = self._swap_locked(start, stop, words)
-        except StoreFull:
+            try:
+                olds = self._swap(start, stop, words)
+            except StoreFull:
+                olds = self._with_room(lambda _: self._swap(start, stop, words))
+        except BaseException:
             self._unstage(words)
             raise
         self._settle(olds, words, huge)
 
     def _write_part(self, offset: int, part: memoryview) -> None:
-        """Less than a page, inside one page: read, modify and write in one hold of the lock."""
+        """Less than a page, inside one page."""
+        self._check_full(offset // PAGE, offset // PAGE + 1)
+        try:
+            self._change(offset, part, larger=False)
+        except StoreFull:
+            self._with_room(lambda larger: self._change(offset, part, larger=larger))
+
+    def _change(self, offset: int, part: memoryview, *, larger: bool) -> None:
+        """Read, modify and write a page in one hold of the lock. Raises StoreFull, Corrupt."""
         slot, at = divmod(offset, PAGE)
         with self._slot_lock(slot):
             loaded: list[bytes] = []
             self._decode(slot, self._copy_out_locked(slot, slot + 1), loaded)
             page = bytearray(loaded[0] if loaded else PAGE)
             page[at : at + len(part)] = part
-            words, huge = self._stage(memoryview(page))
+            words, huge = self._stage(memoryview(page), partial(self.pool.take, larger=larger))
             try:
                 olds = self._swap_locked(slot, slot + 1, words)
             except StoreFull:
@@ -197,7 +238,9 @@ class Pages:
                 raise
         self._settle(olds, words, huge)
 
-    def _stage(self, view: memoryview) -> tuple[list[int], int]:
+    def _stage(
+        self, view: memoryview, take: Callable[[list[int]], list[int]]
+    ) -> tuple[list[int], int]:
         """Moves 1 to 3: the slot words of these pages, objects filled, and how many are huge.
 
         Nobody else knows the objects yet; `_swap_locked` publishes them, `_unstage` drops them.
@@ -234,7 +277,7 @@ class Pages:
             lengths.append(length)
         if blobs:
             memory = self.arena.map
-            addresses = self.pool.take(lengths)
+            addresses = take(lengths)
             for address, length, blob in zip(addresses, lengths, blobs, strict=True):
                 memory[address : address + length] = blob
             unaddressed = iter(addresses)
@@ -246,6 +289,10 @@ class Pages:
 
     def _unstage(self, words: list[int]) -> None:
         self.pool.give([address_of(word) for word in words if not word & INLINE])
+
+    def _swap(self, start: int, stop: int, words: list[int]) -> list[int]:
+        with self._slot_lock(start):
+            return self._swap_locked(start, stop, words)
 
     def _swap_locked(self, start: int, stop: int, words: list[int]) -> list[int]:
         """Move 4: publish `words`, return the old ones. Raises StoreFull, nothing changed."""
@@ -290,6 +337,65 @@ class Pages:
             counters.same += same
             counters.huge += huge - freed_huge
             counters.huge_since += huge
+
+    # Making room
+
+    def compact(self) -> None:
+        """Move objects together, so that spans go back. Raises what `checkpoint` raises."""
+        with self._compaction:
+            self._compact_locked()
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a compaction is worth its while, when nobody is in need. Costs microseconds."""
+        return self.pool.gain() >= max(SPARSE_LEAST, self.arena.used // SPARSE_SHARE)
+
+    def _compact_locked(self) -> int:
+        """Returns how many pages went back."""
+        try:
+            self.pool.begin_compaction()
+            empty_leaving_spans(self.arena, self.pool, self._slot_locks, self.checkpoint)
+        finally:
+            given_back = self.pool.end_compaction()
+            with self._count_lock:
+                self.counters.compacted += given_back
+        return given_back
+
+    def _take(self, lengths: list[int]) -> list[int]:
+        try:
+            return self.pool.take(lengths)
+        except StoreFull:
+            return self._with_room(lambda larger: self.pool.take(lengths, larger=larger))
+
+    def _with_room(self, attempt: Callable[[bool], _T]) -> _T:
+        """What `attempt` returns, which was refused once. The caller holds no slot lock.
+
+        In this order: as a compaction or a discard of somebody else has left things meanwhile;
+        after a compaction, where much comes of it; with objects of larger classes, which `attempt`
+        is told to take by True; after a compaction that frees a span or more. Raises StoreFull.
+        """
+        with self._compaction:
+            larger, least = False, max(SPAN, self.arena.used // _WORTH_SHARE)
+            while True:
+                try:
+                    return attempt(larger)
+                except StoreFull:
+                    if self.pool.gain() >= least and self._compact_locked():
+                        continue
+                    if larger:
+                        self._full = self._is_full()
+                        raise
+                    larger, least = True, SPAN
+
+    def _check_full(self, start: int, stop: int) -> None:
+        """Raise StoreFull where that is clear before anything is compressed (promise 5)."""
+        if self._full:
+            self._full = self._is_full()
+            if self._full and not all(self._words(start, stop) or [0]):
+                raise self.arena.full()
+
+    def _is_full(self) -> bool:
+        return self.pool.room() + self.pool.gain() < self.arena.used // FULL_SHARE
 
     # Discarding
 
@@ -367,9 +473,10 @@ class Pages:
     def recount(self) -> Counters:
         """The counters as the table tells them, and a check of every word against its span.
 
-        For tests and recovery; costs what is stored. `huge_since` is not in the table.
+        For tests and recovery; costs what is stored. `huge_since` and `compacted` are not in
+        the table.
         """
-        found = Counters(huge_since=self.counters.huge_since)
+        found = Counters(huge_since=self.counters.huge_since, compacted=self.counters.compacted)
         taken: dict[int, int] = {}
         for start, stop in self._stored(0, self.arena.slots):
             for word in self._words(start, stop):

@@ -5,15 +5,20 @@ divide a span with the least left over, 65536 // n for n objects; below that the
 A span is opened in parts, as its objects are wanted: with 113 classes whole spans would keep 3 MiB
 waiting, parts keep 1 MiB (used / compressed of 260 MiB of programs: 1.040 and 1.022).
 
+A compaction (`compaction.py` moves the bytes) empties the sparsest spans of each class, as many as
+the free objects of the others can take in: `begin_compaction` marks them as leaving, and then
+nothing new comes to lie there. `end_compaction` makes ordinary again what is not empty by then.
+
 Promises
 1. An object taken is nobody else's until it is given back.
 2. `take` gives all objects asked for or none; refused, it has taken no memory, but for a page of
    the span map that serves 256 MiB.
 3. A span with no object left goes back to the system at once, and its memory off the account.
 4. A span's class stands in the span map before its first object is handed out.
+5. Compaction takes no memory: what moves goes where room is already.
 
-Assumes that an object is given back only after its slot word is gone. One lock guards all of it,
-never held while bytes are copied or compressed.
+Assumes that an object is given back only after its slot word is gone, and that there is one
+compaction at a time. One lock guards all of it, never held while bytes are copied or compressed.
 """
 
 import heapq
@@ -41,11 +46,17 @@ def _classes() -> list[int]:
 CLASSES: Final = _classes()
 """Object size of each class, ascending."""
 
+PER_SPAN: Final = [SPAN // size for size in CLASSES]
+"""Objects of a whole span of each class."""
+
 CLASS_OF: Final = bytes(
     next(c for c, size in enumerate(CLASSES) if size >= units * UNIT)
     for units in range(CLASSES[-1] // UNIT + 1)
 )
 """Class for a length, indexed by the length in units, rounded up."""
+
+NUMBER_SHIFT: Final = SPAN.bit_length() - 1
+"""An address shifted down by this is the number of its span, counted from the arena's start."""
 
 
 class Span:
@@ -92,11 +103,16 @@ class Pool:
         self._partial: list[dict[int, Span]] = [{} for _ in CLASSES]
         # Per class, the free list of the span being taken from: what makes `take` short.
         self._open: list[list[int]] = [[] for _ in CLASSES]
-        # Per class, the span that may have parts left to open.
+        # Per class, the objects that are open and not taken, also in spans that are leaving.
+        self._free = [0 for _ in CLASSES]
+        # Per class, the span that may have parts left to open: no other has.
         self._newest: list[Span | None] = [None for _ in CLASSES]
         self._grown: list[Span] = []  # spans to which the present take has added a part
         self._vacant: list[int] = []  # a heap of indexes given back, lowest first
         self._unused = 0  # indexes from here on were never used
+        self.leaving: dict[int, Span] = {}
+        """The spans that compaction empties, by number. Who looks without the lock may be late."""
+        self._given_back = 0  # pages, by the present compaction
 
     def close(self) -> None:
         """Drop the bookkeeping, which an opener of an old generation would keep alive."""
@@ -104,14 +120,21 @@ class Pool:
         self._partial.clear()
         self._open.clear()
         self._newest.clear()
+        self._free.clear()
         self._grown.clear()
         self._vacant.clear()
+        self.leaving.clear()
 
-    def take(self, lengths: Iterable[int]) -> list[int]:
-        """Addresses of new objects of these lengths, in order. Raises StoreFull, taking none."""
+    def take(self, lengths: Iterable[int], *, larger: bool = False) -> list[int]:
+        """Addresses of new objects of these lengths, in order. Raises StoreFull, taking none.
+
+        With `larger`, a length whose class has no room and cannot grow gets an object of the next
+        larger class that has: full is then only what is full for all lengths.
+        """
         taken: list[int] = []
         classes = CLASS_OF
         open_lists = self._open
+        count = self._free
         with self._lock:
             self._grown.clear()
             try:
@@ -119,8 +142,9 @@ class Pool:
                     cls = classes[length + 15 >> 4]
                     free = open_lists[cls]
                     if not free:
-                        free = self._open_span_locked(cls)
+                        cls, free = self._open_span_locked(cls, larger)
                     taken.append(free.pop())
+                    count[cls] -= 1
             except StoreFull:
                 self._give_locked(taken)
                 self._shrink_locked()
@@ -132,32 +156,61 @@ class Pool:
         with self._lock:
             self._give_locked(addresses)
 
-    def _open_span_locked(self, cls: int) -> list[int]:
-        """The free list, not empty, of the span from now on taken from. Raises StoreFull."""
+    def _open_span_locked(self, cls: int, larger: bool) -> tuple[int, list[int]]:
+        """The class and the free list, not empty, of the span from now on taken from.
+
+        Raises StoreFull.
+        """
+        free = self._room_locked(cls)
+        if not free:
+            try:
+                free = self._grow_locked(cls)
+            except StoreFull:
+                found = self._larger_locked(cls) if larger else None
+                if found is None:
+                    raise
+                return found
+        return cls, free
+
+    def _room_locked(self, cls: int) -> list[int]:
+        """The free list of a span of this class that has room without growing, empty if none."""
         partial = self._partial[cls]
         # A full span leaves `partial` here, when the next object is wanted, not when it fills up.
-        while partial:
-            _, span = partial.popitem()
+        while partial and not self._open[cls]:
+            index, span = partial.popitem()
             if span.free:
-                break
-        else:
-            span = self._grow_locked(cls)
-        partial[span.index] = span
-        self._open[cls] = span.free
-        return span.free
+                partial[index] = span
+                self._open[cls] = span.free
+        return self._open[cls]
 
-    def _grow_locked(self, cls: int) -> Span:
-        """A span with a new part: the class's newest while it has parts left, or a new one."""
+    def _larger_locked(self, cls: int) -> tuple[int, list[int]] | None:
+        """The next larger class with room, or with a part that can still be opened."""
+        may_grow = True
+        for larger in range(cls + 1, len(CLASSES)):
+            free = self._room_locked(larger)
+            newest = self._newest[larger]
+            if not free and may_grow and newest is not None and newest.opened < SPAN:
+                try:
+                    free = self._grow_locked(larger)
+                except StoreFull:
+                    may_grow = False  # a part costs the same in every class
+            if free:
+                return larger, free
+        return None
+
+    def _grow_locked(self, cls: int) -> list[int]:
+        """The free list, from now on taken from, of a span with a new part: the class's newest
+        while it has parts left, or a new one. Raises StoreFull."""
         arena = self._arena
         span = self._newest[cls]
         if span is not None and span.opened < SPAN:
             arena.occupy(PART)
-            span.open_part()
+            self._open_part_locked(span)
             self._grown.append(span)
-            return span
+            return span.free
         index = self._vacant[0] if self._vacant else self._unused
-        if index == len(arena.span_map):
-            raise StoreFull("every span of the arena is in use")
+        if index == arena.spans:
+            raise arena.full()
         if not arena.map_pages.occupied[index // PAGE]:
             arena.map_pages.occupy(index // PAGE)
         arena.occupy(PART)
@@ -169,26 +222,37 @@ class Pool:
         span = self.spans[index] = self._newest[cls] = Span(
             index, arena.spans_at + index * SPAN, cls
         )
+        self._open_part_locked(span)
+        return span.free
+
+    def _open_part_locked(self, span: Span) -> None:
+        before = span.capacity
         span.open_part()
-        return span
+        self._free[span.cls] += span.capacity - before
+        self._partial[span.cls][span.index] = span
+        self._open[span.cls] = span.free
 
     def _shrink_locked(self) -> None:
         """Undo what the refused take has grown; its objects have been given back."""
         for span in reversed(self._grown):
             if self.spans.get(span.index) is span:
+                before = span.capacity
                 span.close_part()
+                self._free[span.cls] -= before - span.capacity
                 self._newest[span.cls] = span  # a newer one was opened by this take, and is gone
                 self._arena.vacate(span.base + span.opened, PART)
 
     def _give_locked(self, addresses: Iterable[int]) -> None:
         spans, base = self.spans, self._arena.spans_at
+        count = self._free
         for address in addresses:
             span = spans[(address - base) // SPAN]
             free = span.free
             free.append(address)
+            count[span.cls] += 1
             if len(free) == span.capacity:
                 self._release_locked(span)
-            elif len(free) == 1:
+            elif len(free) == 1 and address >> NUMBER_SHIFT not in self.leaving:
                 self._partial[span.cls].setdefault(span.index, span)
 
     def _release_locked(self, span: Span) -> None:
@@ -197,10 +261,87 @@ class Pool:
         if self._newest[span.cls] is span:
             self._newest[span.cls] = None
         self._partial[span.cls].pop(span.index, None)
+        if self.leaving.pop(span.base >> NUMBER_SHIFT, None) is not None:
+            self._given_back += span.opened // PAGE
+        self._free[span.cls] -= span.capacity
         del self.spans[span.index]
         self._arena.span_map[span.index] = 0
         self._arena.vacate(span.base, span.opened)
         heapq.heappush(self._vacant, span.index)
+
+    def room(self) -> int:
+        """Bytes that can still be occupied, in whole spans at most."""
+        arena = self._arena
+        spans = (arena.spans - len(self.spans)) * SPAN
+        return min(spans, arena.limit - arena.used) if arena.limit else spans
+
+    # Compaction
+
+    def gain(self) -> int:
+        """Bytes that a compaction would give back now. Microseconds; where other threads take and
+        give, and during a compaction, it is an estimate."""
+        return SPAN * sum(self._emptiable())
+
+    def _emptiable(self) -> list[int]:
+        """Per class, how many spans can be emptied into the others.
+
+        What n whole spans hold and what is free in them make n times PER_SPAN objects, so what
+        they hold finds room in the others just when so many objects are free in all.
+        """
+        return [free // whole for free, whole in zip(self._free, PER_SPAN, strict=True)]
+
+    def begin_compaction(self) -> None:
+        """Mark the spans to be emptied as leaving. Until `end_compaction` nobody takes there.
+
+        They are chosen without the lock, which some 100,000 spans would have us hold for long: what
+        others do meanwhile makes the choice a little worse, and that is all.
+        """
+        with self._lock:
+            self._given_back = 0
+            counts = self._emptiable()
+        for cls, count in enumerate(counts):
+            if count:
+                for span in self._sparsest(cls, count):
+                    with self._lock:
+                        self._leave_locked(span)
+
+    def _sparsest(self, cls: int, count: int) -> list[Span]:
+        with self._lock:
+            spans = list(self._partial[cls].values())
+        # One that is not opened to the end stays: it must be the newest, the only one of its kind.
+        whole = [span for span in spans if span.opened == SPAN]
+        return heapq.nlargest(count, whole, key=lambda span: len(span.free))
+
+    def _leave_locked(self, span: Span) -> None:
+        if self.spans.get(span.index) is span and span.opened == SPAN and span.free:
+            self.leaving[span.base >> NUMBER_SHIFT] = span
+            self._partial[span.cls].pop(span.index, None)
+            if self._open[span.cls] is span.free:
+                self._open[span.cls] = []
+
+    def destinations(self, addresses: Iterable[int]) -> list[int]:
+        """For each of these objects one of its span's class to move to, taken; 0 where its span is
+        not leaving (any more) or its class has no room."""
+        taken: list[int] = []
+        with self._lock:
+            for address in addresses:
+                span = self.leaving.get(address >> NUMBER_SHIFT)
+                free = self._room_locked(span.cls) if span is not None else None
+                if span is None or not free:
+                    taken.append(0)
+                else:
+                    taken.append(free.pop())
+                    self._free[span.cls] -= 1
+        return taken
+
+    def end_compaction(self) -> int:
+        """Make ordinary what is still leaving; returns how many pages this compaction gave back."""
+        with self._lock:
+            for span in self.leaving.values():
+                if span.free:
+                    self._partial[span.cls][span.index] = span
+            self.leaving.clear()
+            return self._given_back
 
     def check(self, taken: dict[int, int]) -> None:
         """Compare with the objects that the table names, {address: length}. Raises Corrupt.
@@ -224,6 +365,13 @@ class Pool:
                 if address in span.free:
                     raise Corrupt(f"object at {address:#x} is free and in use")
                 left[index] -= 1
+            free = [0 for _ in CLASSES]
+            for span in self.spans.values():
+                free[span.cls] += len(span.free)
+                if span.free and span.index not in self._partial[span.cls]:
+                    raise Corrupt(f"nobody will find what is free in span {span.index}")
+            if free != self._free:
+                raise Corrupt(f"objects free, by class: {free}, counted: {self._free}")
         lost = {index: count for index, count in left.items() if count}
         if lost:
             raise Corrupt(f"objects taken that no slot names, by span: {lost}")

@@ -60,6 +60,11 @@ def address_of(word: int) -> int:
     return (word >> ADDRESS_SHIFT) * ADDRESS_UNIT
 
 
+def with_address(word: int, address: int) -> int:
+    """The word of the same page, when its object has moved to byte `address`, a multiple of 16."""
+    return address // ADDRESS_UNIT << ADDRESS_SHIFT | word & (1 << ADDRESS_SHIFT) - 1
+
+
 def length_of(word: int) -> int:
     """Stored bytes of the object that this word names."""
     return word >> LENGTH_SHIFT & LENGTH_MASK

@@ -1,0 +1,152 @@
+"""Hardening of the process that does a device's I/O: short of memory, it must not wait for memory.
+
+A kernel without free memory writes pages to swap, that is to us, and what waits for memory waits
+until we have answered. If answering needs memory in its turn, nothing ever goes on. So:
+
+1. PR_SET_IO_FLUSHER: an allocation on our behalf never waits for pages to be written.
+2. A real-time class: the kernel lets such tasks take from the reserve below the min watermark
+   (vm.min_free_kbytes) that everybody else stops at (`gfp_to_alloc_flags`, mm/page_alloc.c), which
+   answering over a socket needs a little of.
+3. oom_score_adj -1000: who is killed for want of memory is never us.
+4. All memory locked, and heap kept in store: what we have stays, and suffices.
+5. No garbage collection: it would walk all of memory at any time.
+
+1 to 3 are inherited by threads made later and by forks: `prepare` comes before there are threads.
+4 is not inherited by a fork, so `lock` comes after the last one, and 5 (`settle`) when all that
+lives long has been made.
+
+Each returns what could not be had, a line each: fatal for swap, worth saying otherwise.
+"""
+
+import ctypes
+import gc
+import logging
+import os
+import re
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from zramd import heap
+
+_PR_SET_IO_FLUSHER: Final = 57
+_MCL_CURRENT_FUTURE_ONFAULT: Final = 1 | 2 | 4
+_MADV_POPULATE_READ: Final = 22
+_MADV_POPULATE_WRITE: Final = 23
+
+_THREAD_STACK: Final = 512 << 10
+"""All of a stack is locked. lz4 dies with less than 272 KiB."""
+
+_HEAP_RESERVE: Final = 4 << 20
+"""What requests pass through: 64 in flight of the kernel's size, 64 KiB or less when it swaps."""
+
+_PRIORITY: Final = 1
+"""The lowest real-time priority: any will do for the reserve, and nobody else's is disturbed."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def prepare() -> list[str]:
+    """Moves 1 to 3."""
+    missing = []
+    if _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
+        missing.append(
+            f"PR_SET_IO_FLUSHER: {_last_error()} (it takes CAP_SYS_RESOURCE, and Linux 5.6)"
+        )
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_PRIORITY))
+    except OSError as error:
+        missing.append(
+            f"a real-time class: {error.strerror} (it takes CAP_SYS_NICE, or RLIMIT_RTPRIO)"
+        )
+    try:
+        Path("/proc/self/oom_score_adj").write_text("-1000")
+    except OSError as error:
+        missing.append(f"oom_score_adj -1000: {error.strerror} (it takes CAP_SYS_RESOURCE)")
+    threading.stack_size(_THREAD_STACK)
+    return missing
+
+
+def lock() -> list[str]:
+    """Move 4."""
+    heap.keep(_HEAP_RESERVE)
+    _fault_in()
+    # What is mapped later is locked as it is touched: a sparse arena is mapped larger than memory.
+    if _libc.mlockall(_MCL_CURRENT_FUTURE_ONFAULT) != 0:
+        return [f"mlockall: {_last_error()} (it takes CAP_IPC_LOCK, or RLIMIT_MEMLOCK unlimited)"]
+    return []
+
+
+def start_threads(executor: ThreadPoolExecutor, count: int) -> None:
+    """Have all `count` threads of the executor now: one made later would need memory then."""
+    together = threading.Barrier(count)
+    for started in [executor.submit(together.wait) for _ in range(count)]:
+        started.result()
+
+
+def settle() -> None:
+    """Move 5; and what has come since `lock` is faulted in.
+
+    From here on nothing waits for whoever reads our stderr, either: journald may be on our swap.
+    """
+    _fault_in()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    mode = os.fstat(2).st_mode
+    if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
+        os.set_blocking(2, False)
+        logging.raiseExceptions = False
+
+
+def lacking(process: Path) -> list[str]:
+    """What another process, /proc/PID, has not of moves 1 to 4.
+
+    Raises OSError or ValueError where that cannot be told.
+    """
+    lacks = []
+    if re.search(r"^VmLck:\s+0 kB", (process / "status").read_text(), re.MULTILINE):
+        lacks.append("locked memory")
+    if (process / "oom_score_adj").read_text().strip() != "-1000":
+        lacks.append("oom_score_adj -1000")
+    threads = [
+        (task / "stat").read_text().rpartition(")")[2].split()
+        for task in (process / "task").iterdir()
+    ]
+    if any(len(thread) <= _POLICY for thread in threads):
+        raise ValueError(f"{process}/task/*/stat are not of the form that is known")
+    if not all(int(thread[_FLAGS]) & _PF_MEMALLOC_NOIO for thread in threads):
+        lacks.append("PR_SET_IO_FLUSHER")
+    if not all(int(thread[_POLICY]) in (os.SCHED_FIFO, os.SCHED_RR) for thread in threads):
+        lacks.append("a real-time class")
+    return lacks
+
+
+_PF_MEMALLOC_NOIO: Final = 0x00080000
+"""In a task's flags: what PR_SET_IO_FLUSHER does to it."""
+_FLAGS: Final = 6
+_POLICY: Final = 38
+"""Where these two stand in /proc/PID/stat, after the name."""
+
+
+def _last_error() -> str:
+    return os.strerror(ctypes.get_errno())
+
+
+def _fault_in() -> None:
+    """Have all of us in memory: code, data, heap, stacks; but for an arena, which knows itself what
+    of it is to be there, and for nbdkit's 192 MiB of zeros that it never touches."""
+    for first, last, mode, name in _MAPPING.findall(Path("/proc/self/maps").read_text()):
+        start, size = int(first, 16), int(last, 16) - int(first, 16)
+        unused = not name and size > _LARGE
+        if "r" not in mode or unused or "zramd-arena" in name or name.startswith("[v"):
+            continue
+        advice = _MADV_POPULATE_WRITE if "w" in mode else _MADV_POPULATE_READ
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+
+
+_MAPPING: Final = re.compile(r"^(\w+)-(\w+) (\S+) \S+ \S+ \S+ *(.*)$", re.MULTILINE)
+_LARGE: Final = 64 << 20
+"""What nobody has as data, and more than a stack of ours."""

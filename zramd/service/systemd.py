@@ -1,0 +1,133 @@
+"""systemd's side of a server: the sockets it passes (sd_listen_fds(3)), and what it is told
+(sd_notify(3)). Without systemd, all of this is nothing.
+
+Nothing here ever waits for systemd, whose memory may lie on our swap: what it cannot take now is
+told the next time.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+from typing import Final
+
+from zramd import sizes
+from zramd.device import Zram
+from zramd.errors import BadValue
+from zramd.statistics import Statistics
+
+_FIRST_DESCRIPTOR: Final = 3
+_STATUS_S: Final = 5.0
+_FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+
+_log = logging.getLogger(__name__)
+
+
+def passed_sockets() -> list[socket.socket]:
+    """The listening sockets that we were started with; nobody that we start takes them for his.
+
+    Raises BadValue for a descriptor that is something else.
+    """
+    pid, count, names = (
+        os.environ.pop(variable, "") for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    )
+    if pid != str(os.getpid()):
+        return []
+    if not count.isdecimal():
+        raise BadValue(f"LISTEN_FDS is {count!r}, and not a number")
+    sockets = []
+    for index in range(int(count)):
+        descriptor = _FIRST_DESCRIPTOR + index
+        listening = _listening(descriptor)
+        if listening is None:
+            name = names.split(":")[index] if index < len(names.split(":")) else ""
+            raise BadValue(
+                f"descriptor {descriptor} ({name or 'without a name'}) of LISTEN_FDS is no stream"
+                " socket that listens",
+                hint="its .socket unit needs ListenStream= and Accept=no",
+            )
+        sockets.append(listening)
+    return sockets
+
+
+def _listening(descriptor: int) -> socket.socket | None:
+    try:
+        os.set_inheritable(descriptor, False)
+        sock = socket.socket(fileno=descriptor)
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:  # closed, or no socket
+        return None
+    if listens and sock.type == socket.SOCK_STREAM and sock.family in _FAMILIES:
+        return sock
+    sock.detach()
+    return None
+
+
+class Manager:
+    """Who set NOTIFY_SOCKET."""
+
+    def __init__(self) -> None:
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.note = ""
+        """What is told behind what the device holds."""
+        self._unsent: dict[str, str] = {}
+        self._heard = True
+
+    def tell(self, **assignments: str) -> None:
+        """READY="1", STATUS="...": with what it could not take before."""
+        if not self._address:
+            return
+        self._unsent.update(assignments)
+        message = "\n".join(f"{key}={value}" for key, value in self._unsent.items())
+        try:
+            self._socket.sendto(message.encode(), socket.MSG_DONTWAIT, self._address)
+            self._heard = True
+        except BlockingIOError:
+            return
+        except OSError as error:  # whoever waited is gone; those who are served are not
+            if self._heard:
+                _log.warning("nobody hears NOTIFY_SOCKET %s: %s", self._address, error.strerror)
+            self._heard = False
+        self._unsent.clear()
+
+    async def keep_informed(self, zram: Zram) -> None:
+        """Tell what the device holds, when that has changed, and the watchdog that our loop goes
+        round; for ever."""
+        if not self._address:
+            return
+        watchdog_s = _watchdog_s()
+        period = _STATUS_S if watchdog_s is None else min(_STATUS_S, watchdog_s / 2)
+        last = ""
+        while True:
+            await asyncio.sleep(period)
+            news = {}
+            if watchdog_s is not None:
+                news["WATCHDOG"] = "1"
+            status = _status(zram.statistics()) + self.note
+            if status != last:
+                news["STATUS"] = last = status
+            if news or self._unsent:
+                self.tell(**news)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _watchdog_s() -> float | None:
+    """Within how many seconds the watchdog wants to hear of us; None: there is none for us."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    interval = os.environ.get("WATCHDOG_USEC", "")
+    return int(interval) / 1e6 if interval.isdecimal() and int(interval) > 0 else None
+
+
+def _status(now: Statistics) -> str:
+    if not now.disksize:
+        return "without a disksize"
+    stored = f"{sizes.human(now.orig_data_size)} of pages stored"
+    taken = f"{stored} in {sizes.human(now.mem_used_total)} of RAM"
+    if now.mem_reserved:
+        return f"{taken} ({sizes.human(now.mem_reserved)} reserved)"
+    return f"{taken} (limit {sizes.human(now.mem_limit)})" if now.mem_limit else taken
