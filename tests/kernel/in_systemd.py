@@ -216,7 +216,8 @@ def test_a_server_that_is_told_to_end_while_in_use_serves_on_and_ends_when_that_
 def test_what_a_killed_server_leaves_is_cleared_and_can_be_started_again() -> None:
     server = main_pid(FILES[2])
     os.kill(server, signal.SIGSTOP)
-    waiting = subprocess.Popen(["dd", "if=/dev/nbd1", "of=/dev/null", "iflag=direct", "count=1"])
+    read = ["dd", "if=/dev/nbd1", "of=/dev/null", "bs=4096", "count=1", "iflag=direct"]
+    waiting = subprocess.Popen(read)
     inflight = Path("/sys/block/nbd1/inflight")
     wait_for(lambda: inflight.read_text().split() != ["0", "0"], "a request under way")
     os.kill(server, signal.SIGKILL)

@@ -25,19 +25,24 @@ def command(name: str, file: Path | None, via: attach.Via | None, node: str | No
     swap space or a file system is made on it if it is blank. Swapping on it, or mounting it, is
     left to the units that do that.
     """
-    content = None
-    if file is not None:
-        config = config_in(file)
-        node, content = config.node, config.content
+    config = None if file is None else config_in(file)
+    if config is not None:
+        node = config.node
     before = attach.attached(name)
     attachment = attach.attach(name, Paths(name).nbd_socket, name, via, node)
     talk(f"{name} is attached through {attachment.via}")
-    if content is not None:
+    if config is not None and config.content is not None:
         try:
-            use.format(attachment.node, content)
+            if config.use == "swap":
+                changed = use.prepare_for_swap(
+                    name, attachment.via, allow_deadlock=config.allow_deadlock
+                )
+                if changed is not None:
+                    talk(changed)
+            use.format(attachment.node, config.content)
         except ZramdError:
             if before is None:
                 attach.detach(name)
             raise
-        talk(f"{attachment.node} is ready: it holds {content}")
+        talk(f"{attachment.node} is ready: it holds {config.content}")
     click.echo(attachment.node)

@@ -54,7 +54,8 @@ def command(
     directory = config.mount_point
     if directory is not None and not directory.is_dir():
         raise BadValue(f"{directory} is not a directory", hint=f"mkdir -p {directory}")
-    _check_way(name, config, via)
+    if config.use == "swap" and via == "loop":
+        _prepare(name, config, via)  # which refuses it before anything is made
     tools.need_root(f"attaching {name}")
     with contextlib.ExitStack() as undo:
         was_served = _serves(name, config)
@@ -70,8 +71,8 @@ def command(
         if not was_attached:
             undo.callback(_undo, attach.detach, name)
         talk(f"{name} is attached through {attachment.via}")
-        _check_way(name, config, attachment.via)
         if config.use == "swap":
+            _prepare(name, config, attachment.via)
             use.swapon(attachment.node, _priority(config, attachment.node))
             talk(f"{attachment.node} is swap space")
         if directory is not None and config.content is not None:
@@ -102,14 +103,10 @@ def _config(name: str, file: Path | None, swap: bool, options: dict[str, Any]) -
     return Config(use="swap" if swap else "mount" if mounts else None, **options)
 
 
-def _check_way(name: str, config: Config, via: attach.Via | None) -> None:
-    """NotHardened for swap through loop, known before anything is made or only after."""
-    if via == "loop" and config.use == "swap" and not config.allow_deadlock:
-        raise NotHardened(
-            f"swap on {name} through loop could deadlock: it goes through nbdfuse, which cannot be"
-            " hardened",
-            hint="use a kernel with nbd, or say --allow-deadlock",
-        )
+def _prepare(name: str, config: Config, via: attach.Via) -> None:
+    changed = use.prepare_for_swap(name, via, allow_deadlock=config.allow_deadlock)
+    if changed is not None:
+        talk(changed)
 
 
 def _undo(step: Callable[[str], None], name: str) -> None:

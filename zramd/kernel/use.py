@@ -1,6 +1,7 @@
 """Use a block device node for swap or a file system, and stop using it.
 
     format(node, content)                   # mkswap or mkfs, where it is blank
+    prepare_for_swap(name, via)             # or NotHardened
     swapon(node, priority=None)             # format, swapon --discard
     mount(node, directory, fstype="ext4")   # format, mount -o discard
     users(node) -> list[User]               # .kind "swap", "mount" or "holder", and .where
@@ -18,12 +19,20 @@ Promises
 import os
 import re
 from pathlib import Path
+from typing import Final
 
-from zramd.errors import BadValue, UseFailed
+from zramd.errors import BadValue, NotHardened, UseFailed
 from zramd.kernel import nbd, tools
 from zramd.kernel.state import User, mounts, processes_in, users
 
-__all__ = ["User", "format", "mount", "release", "swapon", "users"]
+MIN_FREE_KIB: Final = 4096
+"""The least vm.min_free_kbytes for swap: real-time tasks may take half of it where others get no
+memory any more, and that is what a server answers from. With 512 a guest hung, with its own 2000 it
+came through each time (docs/swap.md). From 1 GiB of RAM on, the kernel's own is as much."""
+
+_MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
+
+__all__ = ["MIN_FREE_KIB", "User", "format", "mount", "release", "swapon", "users"]
 
 
 def format(node: str, content: str) -> None:
@@ -68,6 +77,35 @@ def swapon(node: str, priority: int | None = None) -> None:
     format(node, "swap")
     options = [] if priority is None else ["--priority", str(priority)]
     tools.run("swapon", "--discard", *options, node, error=UseFailed)
+
+
+def prepare_for_swap(name: str, via: str, *, allow_deadlock: bool = False) -> str | None:
+    """See that swap on the device `name`, attached through `via`, can go on when there is no free
+    memory; what was changed for that, in a line.
+
+    Raises NotHardened where it cannot, unless `allow_deadlock`; NeedsRoot.
+    """
+    if via == "loop" and not allow_deadlock:
+        raise NotHardened(
+            f"swap on {name} through loop could deadlock: it goes through nbdfuse, which cannot be"
+            " hardened",
+            hint="use a kernel with nbd, or say --allow-deadlock",
+        )
+    tools.need_root(f"preparing {name} for swap")
+    has = int(_MIN_FREE.read_text())
+    if has >= MIN_FREE_KIB:
+        return None
+    try:
+        _MIN_FREE.write_text(str(MIN_FREE_KIB))
+    except OSError as error:
+        if allow_deadlock:
+            return None
+        raise NotHardened(
+            f"swap on {name} could deadlock: vm.min_free_kbytes is {has}, too little to answer"
+            f" from, and cannot be raised: {error.strerror}",
+            hint=f"sysctl vm.min_free_kbytes={MIN_FREE_KIB}, or say --allow-deadlock",
+        ) from error
+    return f"vm.min_free_kbytes is {MIN_FREE_KIB} now, and was {has}"
 
 
 def swap_priority(node: str) -> int | None:

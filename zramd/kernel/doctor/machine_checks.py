@@ -13,12 +13,9 @@ from zramd.errors import BadValue
 from zramd.kernel.doctor import machine as facts
 from zramd.kernel.doctor.machine import Machine
 from zramd.kernel.doctor.verdict import Verdict, ok, problem, unknown, warning
+from zramd.kernel.use import MIN_FREE_KIB
 from zramd.service.config import Config
 from zramd.sizes import human
-
-MIN_FREE_KIB: Final = 24576
-"""The least vm.min_free_kbytes with which swap under pressure went on in 3 of 3 runs; with the
-kernel's own 2 MiB of that machine it hung in 2 of 2."""
 
 OUR_PRIORITY: Final = 100
 """What `zramd up --swap` gives where nobody says otherwise."""
