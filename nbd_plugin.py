@@ -88,22 +88,40 @@ def _format_briefly(*args, **kwargs):  # type: ignore[no-untyped-def]
     """nbdkit logs an exception through traceback.format_exception. Ours are said in one line: it
     is all the user needs, and a full store would else format a thousand tracebacks a second.
 
-    nbdkit 1.32 then never drops the exception. So it is emptied here, or each would keep its frames
-    with all that these hold. (Nobody else in this process formats exceptions with their traceback.)
+    nbdkit 1.32 then never drops the exception and its traceback. A kernel whose swap is full has
+    ten thousand requests refused in a few seconds, and there is no memory then: so they are emptied
+    here, and dropped in nbdkit's place when the thread's next one comes. (Nobody else in this
+    process formats exceptions with their traceback.)
     """
+    _drop_what_nbdkit_keeps()
     error = next((arg for arg in args if isinstance(arg, BaseException)), None)
+    trace = next((arg for arg in args if isinstance(arg, types.TracebackType)), None)
     try:
         return (
             [error.line()] if isinstance(error, ZramdError) else _format_exception(*args, **kwargs)
         )
     finally:
-        for trace in (arg for arg in args if isinstance(arg, types.TracebackType)):
+        if trace is not None:
             traceback.clear_frames(trace)
             trace.tb_next = None
         if error is not None:
             error.__traceback__ = error.__context__ = error.__cause__ = None
             error.args = ()
             error.__dict__.clear()
+        _last.kept = [error, trace]
+
+
+_last = threading.local()
+
+
+def _drop_what_nbdkit_keeps() -> None:
+    """The last exception of this thread, and its traceback: nbdkit is done with them."""
+    kept = getattr(_last, "kept", [])
+    while kept:
+        thing = kept.pop()
+        # Ours are `thing` and the argument of the call; one more is what a fixed nbdkit has not.
+        if thing is not None and sys.getrefcount(thing) > 2:
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(thing))
 
 
 traceback.format_exception = _format_briefly

@@ -209,7 +209,7 @@ for connection in (h, idle):
 def test_a_connection_has_one_record_in_the_gate_and_one_compressor_for_all_its_requests(
     nbdkit, tmp_path
 ):
-    """And a refused request leaves nothing that is large: nbdkit never drops its exception."""
+    """And a refused request leaves nothing but the last one's exception: nbdkit never drops any."""
     told = tmp_path / "told"
     spy = tmp_path / "spy.py"
     spy.write_text(f"""
@@ -218,7 +218,7 @@ __file__ = {str(PLUGIN)!r}
 exec(builtins.open(__file__).read())
 def flush(opener, flags):
     import gc, types
-    held = [o for o in gc.get_objects() if isinstance(o, StoreFull) and o.__traceback__]
+    held = [o for o in gc.get_objects() if isinstance(o, (StoreFull, types.TracebackType))]
     now = _plugin.zram._gate._records, streams, held
     with builtins.open({str(told)!r}, "w") as file:
         file.write(repr([len(o) for o in now]))
@@ -255,7 +255,7 @@ h.flush()
     assert done.returncode == 0, done.stderr
     records, made, held = json.loads(told.read_text())
     assert (records, made) == (1, 2)  # a stream of the main thread's, too, from init
-    assert held <= 1
+    assert held <= 2
 
 
 def test_a_strange_export_is_refused(serving):

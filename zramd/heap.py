@@ -29,8 +29,8 @@ def use_one_arena() -> None:
 
 
 def trim() -> None:
-    """Give back what is free. 50 us, and 15 ms where that is 80 MiB."""
-    if hasattr(_libc, "malloc_trim"):
+    """Give back what is free, unless it is to be kept. 50 us, and 15 ms where that is 80 MiB."""
+    if not _pins and hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(ctypes.c_size_t(0))
 
 

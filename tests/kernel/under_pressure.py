@@ -81,7 +81,8 @@ def begin(server: str, disksize: str, mem_limit: str) -> None:
     elif server == "nbdkit":
         place = Path(os.environ["ZRAMD_RUNTIME_DIR"], "s")
         place.mkdir(0o700, parents=True)
-        command = ["nbdkit", "-f", "-U", f"{place}/nbd.sock", "python", "./nbd_plugin.py"]
+        command = ["nbdkit", "-f", "--log=null", "-U", f"{place}/nbd.sock"]
+        command += ["python", "./nbd_plugin.py"]
         command += ["name=s", "for=swap", f"disksize={disksize}", f"mem_limit={mem_limit}"]
         subprocess.Popen(command, cwd=ROOT)
         wait_for((place / "control").exists)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import places
 from tests.conftest import require
 from tests.kernel.servers import ROOT, SERVERS, served, wait_for, zramd
 from tests.nbd.harness import RawClient, request
@@ -89,9 +90,12 @@ def test_what_it_preallocates_is_said_and_kept(server):
 
 
 @pytest.fixture
-def runtime(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(tmp_path))
-    return tmp_path
+def runtime(monkeypatch) -> Iterator[Path]:
+    """A runtime directory that others than root can use, too."""
+    with places.place(places.RUNTIME) as place:
+        place.chmod(0o777)
+        monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(place))
+        yield place
 
 
 def unprivileged(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +119,6 @@ def unprivileged(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_swap_that_could_deadlock_is_refused_naming_all_that_is_missing(runtime):
     require.root()
-    runtime.chmod(0o777)
     done = unprivileged("serve", "h1", "--disksize=64M", "--for=swap")
     assert done.returncode == NotHardened.exit_code
     (line,) = done.stderr.splitlines()
@@ -126,7 +129,6 @@ def test_swap_that_could_deadlock_is_refused_naming_all_that_is_missing(runtime)
 
 def test_a_reserve_that_cannot_be_locked_is_refused_though_a_deadlock_is_allowed(runtime):
     require.root()
-    runtime.chmod(0o777)
     done = unprivileged("serve", "h1", "--disksize=64M", "--for=swap", "--allow-deadlock")
     assert done.returncode == NoMemory.exit_code
     assert "do not preallocate" in done.stderr
@@ -135,7 +137,6 @@ def test_a_reserve_that_cannot_be_locked_is_refused_though_a_deadlock_is_allowed
 
 def test_a_mount_is_served_all_the_same_and_what_is_missing_is_said(runtime):
     require.root()
-    runtime.chmod(0o777)
     # An address that nobody can listen on ends it after that.
     done = unprivileged("serve", "h1", "-s64M", "--for=mount", "--listen=tcp:192.0.2.1:10809")
     said = [line for line in done.stderr.splitlines() if "had better have" in line]

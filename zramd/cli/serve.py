@@ -9,6 +9,7 @@ import click
 from zramd import sizes
 from zramd.cli.options import config_of, device_options, name_argument, talk
 from zramd.service import worker
+from zramd.service.runtime import claim
 
 
 @click.command()
@@ -30,13 +31,14 @@ def command(name: str, file: Path | None, background: bool, **options: Any) -> N
     form = "%(asctime)s %(levelname)s %(message)s" if background else "zramd: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form)
     config = config_of(file, options)
-    zram, missing = worker.build(name, config)
-    for what in missing:
-        talk(f"{name} can do without, but had better have, {what}")
-    if zram.disksize != config.disksize:
-        made = f"made it {zram.disksize} bytes"
-        talk(f"a disksize of {config.disksize} is no multiple of a page: {made}")
-    reserved = zram.statistics().mem_reserved
-    if reserved:
-        talk(f"{sizes.human(reserved)} of RAM are reserved for {name}")
-    worker.run(zram, config, background=background)
+    with claim(name) as held:  # first: who is refused has taken no memory
+        zram, missing = worker.build(name, config)
+        for what in missing:
+            talk(f"{name} can do without, but had better have, {what}")
+        if zram.disksize != config.disksize:
+            made = f"made it {zram.disksize} bytes"
+            talk(f"a disksize of {config.disksize} is no multiple of a page: {made}")
+        reserved = zram.statistics().mem_reserved
+        if reserved:
+            talk(f"{sizes.human(reserved)} of RAM are reserved for {name}")
+        worker.run(zram, config, held, background=background)

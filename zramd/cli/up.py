@@ -147,7 +147,10 @@ def _serves(name: str, config: Config) -> bool:
             hint=f"`zramd down {name}` ends it, pages included",
         )
     if config.use == "swap" and not config.allow_deadlock:
-        lacks = hardening.lacking(Path("/proc", paths.lock.read_text().strip()))
+        try:
+            lacks = hardening.lacking(Path("/proc", paths.lock.read_text().strip()))
+        except (OSError, ValueError) as error:
+            lacks = [f"sign of it in /proc ({error})"]
         if config.reserves and not now.mem_reserved:
             lacks.append("preallocated memory")
         if lacks:

@@ -87,8 +87,8 @@ def prepare_for_swap(name: str, via: str, *, allow_deadlock: bool = False) -> st
     """
     if via == "loop" and not allow_deadlock:
         raise NotHardened(
-            f"swap on {name} through loop could deadlock: it goes through nbdfuse, which cannot be"
-            " hardened",
+            f"swap on {name} through loop could deadlock: FUSE, which it goes through, needs memory"
+            " to write",
             hint="use a kernel with nbd, or say --allow-deadlock",
         )
     tools.need_root(f"preparing {name} for swap")

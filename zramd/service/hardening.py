@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Final
 
 from zramd import heap
+from zramd.errors import ServerFailed
 
 _PR_SET_IO_FLUSHER: Final = 57
 _MCL_CURRENT_FUTURE_ONFAULT: Final = 1 | 2 | 4
@@ -80,10 +81,18 @@ def lock() -> list[str]:
 
 
 def start_threads(executor: ThreadPoolExecutor, count: int) -> None:
-    """Have all `count` threads of the executor now: one made later would need memory then."""
+    """Have all `count` threads of the executor now: one made later would need memory then.
+
+    Raises ServerFailed.
+    """
     together = threading.Barrier(count)
-    for started in [executor.submit(together.wait) for _ in range(count)]:
-        started.result()
+    try:
+        started = [executor.submit(together.wait) for _ in range(count)]
+    except RuntimeError as error:
+        together.abort()  # or those that there are would wait for ever
+        raise ServerFailed(f"no threads can be made: {error}", hint="raise its limit") from error
+    for thread in started:
+        thread.result()
 
 
 def settle() -> None:

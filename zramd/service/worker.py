@@ -1,6 +1,6 @@
 """The process of `zramd serve`: one device, its NBD sockets, its control socket.
 
-Life: build the device in memory; claim its name; listen on NAME/nbd.sock and on whatever else was
+Life: claim the device's name; build it in memory; listen on NAME/nbd.sock and on whatever else was
 asked for or passed by systemd; serve control; say that it is ready; wait for SIGTERM, SIGINT or the
 Stop call; stop accepting, finish what is in flight, close; drop the pages; remove the sockets and
 the directory.
@@ -32,7 +32,7 @@ from zramd.nbd.address import UnixAddress
 from zramd.nbd.server import THREADS, Server, address_of
 from zramd.service import hardening, systemd
 from zramd.service.config import Config
-from zramd.service.runtime import Paths, claim
+from zramd.service.runtime import Claim, Paths
 from zramd.service.upkeep import upkeep
 
 _HELPERS: Final = 2
@@ -64,15 +64,16 @@ def build(name: str, config: Config) -> tuple[Zram, list[str]]:
     return zram, missing
 
 
-def run(zram: Zram, config: Config, *, background: bool = False) -> None:
-    """Serve `zram`, which `build` has made, until told to end, and close it.
+def run(zram: Zram, config: Config, held: Claim, *, background: bool = False) -> None:
+    """Serve `zram`, which `build` has made, until told to end, and close it. `held` is the claim on
+    its name.
 
     `background`: from readiness on, stdout and stderr go to NAME/log and the working directory is
     the root, so that the process holds neither its starter's terminal nor any mount.
 
-    Raises ServerExists where the name or a socket is taken, BadValue for an address.
+    Raises ServerExists where a socket is taken, BadValue for an address.
     """
-    with claim(zram.name) as held, closing(zram):
+    with closing(zram):
         asyncio.run(_serve(zram, held.paths, config, background))
 
 

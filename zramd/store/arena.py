@@ -158,7 +158,7 @@ class Arena:
             self.map.madvise(_MADV_POPULATE_WRITE)
         except OSError:  # an old kernel, or no memory: which of them, writing tells
             for page in range(0, self.size, PAGE):
-                self.map[page] = 0
+                self.map[page] = self.map[page]
         here = ctypes.c_char.from_buffer(self.map)
         try:
             start = ctypes.c_void_p(ctypes.addressof(here))

@@ -69,8 +69,8 @@ def swap_way(machine: Machine, device: Device) -> Verdict | None:
         return None
     if device.attachment.via == "loop":
         return problem(
-            f"{device.name} carries swap through loop: nbdfuse, which is in between, is not"
-            " hardened, and can wait for the memory that is being freed",
+            f"{device.name} carries swap through loop: FUSE, which is in between, needs memory to"
+            " write, and can wait for the memory that is being freed",
             f"zramd down {device.name}, and attach it through nbd",
         )
     return ok(f"{device.name} carries swap through {device.attachment.via}")
@@ -117,7 +117,7 @@ def discard(machine: Machine, device: Device) -> Verdict | None:
             return warning(
                 f"{device.name} holds {human(stored)} for {human(swap.used)} of swap in use: what"
                 " is freed seems not to be discarded",
-                f"swapoff {device.node}; swapon --discard {device.node}",
+                f"swapoff {device.node}; swapon --discard --priority 100 {device.node}",
             )
     return ok(f"{device.name} gets back what is freed on {device.node}")
 
