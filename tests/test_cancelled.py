@@ -31,6 +31,7 @@ from zramd.nbd.server import Server
 from zramd.nbd.transmission import INLINE
 from zramd.nbd.wire import NBD_CMD_READ, NBD_CMD_WRITE
 from zramd.service import worker
+from zramd.service.config import Config
 from zramd.service.runtime import claim
 from zramd.store import PAGE
 
@@ -215,7 +216,9 @@ def test_a_service_that_is_cancelled_at_any_await_leaves_nothing(monkeypatch):
         with claim("zram0") as mine:
 
             async def serve() -> None:
-                service = asyncio.ensure_future(cutting(worker._serve(zram, mine.paths, [], False)))
+                config = Config(disksize=zram.disksize)
+                serving = worker._serve(zram, mine.paths, config, False)
+                service = asyncio.ensure_future(cutting(serving))
                 while not service.done() and not mine.paths.control_socket.exists():
                     await asyncio.sleep(0.001)
                 if not service.done():
