@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from zramd import sizes
-from zramd.control.client import Control
-from zramd.errors import NoServer, ZramdError
+from zramd.control.client import State, look
 from zramd.kernel.attach import Attachment, attached
 from zramd.kernel.use import users
 from zramd.service.runtime import Paths
 from zramd.statistics import Statistics
 
 Value: TypeAlias = int | float | str | None
-State: TypeAlias = Literal["serving", "idle", "dead", "silent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +31,7 @@ class Device:
     @classmethod
     def look(cls, name: str) -> "Device":
         """Ask server and kernel. A server that is dead, or does not answer, is a state."""
-        state: State
-        try:
-            with Control(Paths(name).control_socket) as control:
-                now = control.statistics()
-            state = "serving" if now.disksize else "idle"
-        except NoServer:
-            now, state = None, "dead"
-        except ZramdError:
-            now, state = None, "silent"
+        state, now = look(Paths(name).control_socket)
         return cls(name, state, now, attached(name))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, TypeAlias
 
 from asyncvarlink import VarlinkClientProtocol, VarlinkErrorReply, VarlinkTransport
 from asyncvarlink.conversion import ConversionError
@@ -26,6 +26,22 @@ Calls that change something may wait for I/O in flight, and have no limit."""
 
 PATIENCE_S: Final = 1.0
 """How long a reset waits for I/O in flight before it is told whose that is."""
+
+
+State: TypeAlias = Literal["serving", "idle", "dead", "silent"]
+
+
+def look(path: Path) -> tuple[State, Statistics | None]:
+    """How the server on this control socket is, and what it tells; None where it tells nothing. A
+    server that is dead, or does not answer for ANSWER_S, is a state."""
+    try:
+        with Control(path) as control:
+            now = control.statistics()
+    except NoServer:
+        return "dead", None
+    except ZramdError:
+        return "silent", None
+    return ("serving" if now.disksize else "idle"), now
 
 
 class Control:

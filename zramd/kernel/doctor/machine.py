@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
-from zramd.control.client import Control
-from zramd.errors import BadValue, NoServer, ZramdError
+from zramd.control.client import State, look
+from zramd.errors import BadValue, ZramdError
 from zramd.kernel import netlink, tools
 from zramd.kernel.attach import Attachment, attached
 from zramd.kernel.state import SYS_BLOCK, User, users
@@ -36,9 +36,6 @@ CAP_SYS_RESOURCE: Final = 24
 
 _PATIENCE_S: Final = 2.0
 """For a program that tells its version, and for the child that tries."""
-
-
-State: TypeAlias = Literal["serving", "idle", "dead", "silent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +64,7 @@ class Device:
     def look(cls, name: str) -> "Device":
         """Ask server and kernel; its node is never opened. A server that is stopped takes as long
         as control.client.ANSWER_S."""
-        now: Statistics | None = None
-        state: State
-        try:
-            with Control(Paths(name).control_socket) as control:
-                now = control.statistics()
-            state = "serving" if now.disksize else "idle"
-        except NoServer:
-            state = "dead"
-        except ZramdError:
-            state = "silent"
+        state, now = look(Paths(name).control_socket)
         attachment = attached(name)
         used_by = () if attachment is None else tuple(users(attachment.node))
         try:
