@@ -73,7 +73,7 @@ class Store(schedules.Shared):
         self._use()
         return b""
 
-    def write(self, _offset: int, _data: bytes) -> None:
+    def write(self, _offset: int, _data: bytes, *, nowait: bool) -> None:
         self._use()
         raise CodecFailed
 

@@ -86,13 +86,14 @@ class Opener:
         finally:
             self._gate.leave(record)
 
-    def write(self, offset: int, data: Buffer) -> None:
+    def write(self, offset: int, data: Buffer, *, nowait: bool = False) -> None:
         """Write; `data` is the caller's again on return. Raises StoreFull at mem_limit, Corrupt
-        where a page is written in part and its old content does not decompress."""
+        where a page is written in part and its old content does not decompress; BlockingIOError
+        where `nowait` and it may take long: to be called again without."""
         record = self._gate.enter(self.who)
         try:
             self._check(offset, len(data))
-            self._pages.write(offset, data)
+            self._pages.write(offset, data, nowait=nowait)
         except (StoreFull, Corrupt):
             self._counts.add(failed_writes=1)
             raise
@@ -108,12 +109,12 @@ class Opener:
         finally:
             self._gate.leave(record)
 
-    def zero(self, offset: int, length: int) -> None:
+    def zero(self, offset: int, length: int, *, nowait: bool = False) -> None:
         """Make the range read as zeros, freeing whole pages. Raises what a write raises."""
         record = self._gate.enter(self.who)
         try:
             self._check(offset, length)
-            self._counts.add(notify_free=self._pages.zero(offset, length))
+            self._counts.add(notify_free=self._pages.zero(offset, length, nowait=nowait))
         except (StoreFull, Corrupt):
             self._counts.add(failed_writes=1)
             raise

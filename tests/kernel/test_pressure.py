@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.kernel, pytest.mark.timeout(1500)]
 
 GUESTS = {
     **{f"a quarter more than RAM, {server}": (QUARTER_MORE, server) for server in SERVERS},
-    "full, zramd": (FULL, "zramd"),
-    "twice the RAM, zramd": (TWICE, "zramd"),
+    **{f"full, {server}": (FULL, server) for server in SERVERS},
+    **{f"twice the RAM, {server}": (TWICE, server) for server in SERVERS},
 }
 FITS = [name for name in GUESTS if not name.startswith("full")]
 IS_FULL = [name for name in GUESTS if name.startswith("full")]

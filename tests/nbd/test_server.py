@@ -232,6 +232,24 @@ def test_a_full_store_refuses_the_write_and_the_connection_lives(address, zram):
         assert client.read(0, 4096) == b"a" * 4096
 
 
+def test_a_write_that_waits_for_a_compaction_makes_nobody_else_wait(address, zram):
+    zram.set("mem_limit", "2M")
+    with RawClient(address) as writer, RawClient(address) as other:
+        number = 0
+        while writer.error(request(NBD_CMD_WRITE, number * 4096, 4096) + noise(4096, number)) == 0:
+            number += 1
+        pages = zram._meta
+        with pages._compaction:  # somebody compacts just now
+            writer.send(request(NBD_CMD_WRITE, number * 4096 + 1, 2, cookie=7) + b"ab")
+            assert other.read(0, 4096) == noise(4096, 0)
+            writer.send(request(NBD_CMD_READ, 4096, 4096, cookie=8))
+            assert writer.reply() == (8, 0)
+            assert writer.receive(4096) == noise(4096, 1)
+            other.error(request(NBD_CMD_TRIM, 0, 1 << 20))
+        assert writer.reply() == (7, 0)
+        assert writer.read(number * 4096, 4) == b"\0ab\0"
+
+
 def test_out_of_range_is_counted_by_the_device(address, zram):
     with RawClient(address) as client:
         assert client.error(request(NBD_CMD_TRIM, SIZE, 4096)) == 22

@@ -34,14 +34,14 @@ class Memory:
         self._check(offset, length)
         return bytes(self.data[offset : offset + length])
 
-    def write(self, offset, data):
+    def write(self, offset, data, *, nowait):
         self._check(offset, len(data))
         self.data[offset : offset + len(data)] = data
 
     def discard(self, offset, length):
         self._check(offset, length)
 
-    def zero(self, offset, length):
+    def zero(self, offset, length, *, nowait):
         self._check(offset, length)
         self.data[offset : offset + length] = bytes(length)
 
@@ -357,6 +357,16 @@ def test_what_goes_wrong_is_answered_with_an_error_of_the_specification(trouble,
     opener.trouble = trouble
     payload = bytes(512) if command == WRITE else b""
     assert error_of(request(command, 0, 512, payload=payload), opener) == error
+
+
+@pytest.mark.parametrize("message", [write(0, b"x"), request(WRITE_ZEROES, 0, 1)])
+def test_what_may_take_long_is_handed_back_to_who_cannot_wait_and_to_nobody_else(message):
+    opener = Memory()
+    opener.trouble = BlockingIOError("a compaction")
+    (asked,) = pour(Receiver(SIZE), message)
+    with pytest.raises(BlockingIOError):
+        answer(opener, asked, nowait=True)
+    assert error_of(message, opener) == EIO  # a fault: nobody may say so here
 
 
 def test_a_fault_of_ours_is_logged_once_per_kind(caplog, monkeypatch):

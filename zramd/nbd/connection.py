@@ -8,9 +8,9 @@ can be done per batch, is where the speed comes from.
 
 Promises:
 1. Nothing slow runs on the event loop: what is longer than `transmission.INLINE` goes to a few
-   threads (the compressors release the GIL) and is answered when it is done, in any order. Nor may
-   a batch of short requests hold the loop for long: after _BATCH bytes or _TURN_SECONDS the others
-   get a turn.
+   threads (the compressors release the GIL) and is answered when it is done, in any order; so does
+   a write that may have to wait for a compaction. Nor may a batch of short requests hold the loop
+   for long: after _BATCH bytes or _TURN_SECONDS the others get a turn.
 2. Bounded: at most _IN_FLIGHT requests, and about _IN_FLIGHT_BYTES of them, are in threads, and
    about _BATCH of replies, with those of what was in flight, wait for the peer to read. Beyond,
    the peer is not read from.
@@ -211,7 +211,12 @@ class Connection(asyncio.BufferedProtocol):
                     if not self._has_room():
                         break
                 else:
-                    replies += answer(opener, request)
+                    try:
+                        replies += answer(opener, request, nowait=True)
+                    except BlockingIOError:
+                        self._submit(opener, _kept(request))
+                        if not self._has_room():
+                            break
                     worked += length
                     if worked > _BATCH or self._loop.time() > turn_ends:
                         self._loop.call_soon(self._pump)
@@ -241,7 +246,7 @@ class Connection(asyncio.BufferedProtocol):
         )
 
     def _submit(self, opener: Opener, request: Request) -> None:
-        """Has a long request answered by a thread."""
+        """Has a request that may take long answered by a thread."""
         self._in_flight += 1
         self._in_flight_bytes += _held(request)
         self._server.threads.submit(self._work, opener, request)
@@ -342,6 +347,12 @@ class Connection(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _kept(request: Request) -> Request:
+    """The same request, with a payload of its own."""
+    *head, payload = request
+    return *head, None if payload is None else memoryview(bytes(payload))  # type: ignore[return-value]
 
 
 def _held(request: Request) -> int:

@@ -11,7 +11,7 @@ Promises:
 - Whatever the peer sends, framing is kept: a WRITE that cannot be served has its payload consumed
   and is then answered. Only a bad magic number, or a payload no reasonable client sends, ends the
   connection (`Receiver.violation`).
-- `answer` never raises, and sends only errors the specification names.
+- `answer` sends only errors the specification names, and raises nothing that it is not asked for.
 
 Performance: this code runs once per 4 KiB, so requests are tuples, cookies stay bytes, and a small
 payload is a view into the receive buffer. A larger one is received into a buffer of its own, which
@@ -89,9 +89,9 @@ class Opener(Protocol):
     """What requests are answered from: `zramd.opener.Opener`, or a stand-in."""
 
     def read(self, offset: int, length: int) -> bytes: ...
-    def write(self, offset: int, data: memoryview) -> None: ...
+    def write(self, offset: int, data: memoryview, *, nowait: bool) -> None: ...
     def discard(self, offset: int, length: int) -> None: ...
-    def zero(self, offset: int, length: int) -> None: ...
+    def zero(self, offset: int, length: int, *, nowait: bool) -> None: ...
     def flush(self) -> None: ...
 
 
@@ -214,8 +214,12 @@ class Receiver:
         self.violation, self.ended = what, True
 
 
-def answer(opener: Opener, request: Request) -> tuple[bytes, ...]:
-    """Does what `request` asks and returns the reply's buffers, in order. Never raises."""
+def answer(opener: Opener, request: Request, *, nowait: bool = False) -> tuple[bytes, ...]:
+    """Does what `request` asks and returns the reply's buffers, in order.
+
+    Raises BlockingIOError where `nowait` and it may take long, to be called again without; nothing
+    else.
+    """
     error, command, cookie, offset, length, payload = request
     try:
         if error:
@@ -224,11 +228,11 @@ def answer(opener: Opener, request: Request) -> tuple[bytes, ...]:
             return SIMPLE_REPLY_OK + cookie, opener.read(offset, length)
         elif command == NBD_CMD_WRITE:
             assert payload is not None
-            opener.write(offset, payload)
+            opener.write(offset, payload, nowait=nowait)
         elif command == NBD_CMD_TRIM:
             opener.discard(offset, length)
         elif command == NBD_CMD_WRITE_ZEROES:
-            opener.zero(offset, length)
+            opener.zero(offset, length, nowait=nowait)
         else:  # NBD_CMD_FLUSH
             opener.flush()
     except OutOfRange:
@@ -236,6 +240,8 @@ def answer(opener: Opener, request: Request) -> tuple[bytes, ...]:
     except ZramdError as refusal:
         error = nbd_error(refusal.errno)
     except Exception as fault:
+        if nowait and isinstance(fault, BlockingIOError):
+            raise
         error = errno.EIO
         _report(command, fault)
     if error:
