@@ -63,7 +63,7 @@ _find_packages(Path(__file__).resolve().parent)
 from zramd import __version__, sizes  # noqa: E402 - only now can it be found
 from zramd.control.server import ControlThread  # noqa: E402
 from zramd.device import Zram  # noqa: E402
-from zramd.errors import BadValue, NotInitialised, ZramdError  # noqa: E402
+from zramd.errors import BadValue, NotHardened, NotInitialised, ZramdError  # noqa: E402
 from zramd.nbd.connection import GATHER_SECONDS, QUIET_SECONDS  # noqa: E402
 from zramd.nbd.transmission import MAX_PAYLOAD  # noqa: E402
 from zramd.opener import Opener  # noqa: E402
@@ -209,6 +209,14 @@ def get_ready() -> None:
 
 def after_fork() -> None:
     """Threads made before the fork would not survive it, nor do locks on memory."""
+    try:
+        _begin()
+    except BaseException:
+        cleanup()  # nbdkit ends by exit() then, and does not call it
+        raise
+
+
+def _begin() -> None:
     _plugin.claim.adopt()
     _plugin.zram.forked()
     _plugin.zram.on_reset.append(_end_connections)
@@ -217,8 +225,21 @@ def after_fork() -> None:
     _plugin.control.start()
     _plugin.control.run_beside(upkeep(_plugin.zram))
     if _plugin.config.use:
-        hardening.lock()
+        _lock_again()
         hardening.settle()
+
+
+def _lock_again() -> None:
+    """`get_ready` could, but with more rights (-u takes them) and less memory mapped. Raises
+    NotHardened."""
+    name, config = _plugin.zram.name, _plugin.config
+    for what in hardening.lock():
+        if config.use == "swap" and not config.allow_deadlock:
+            raise NotHardened(
+                f"swap on {name} could deadlock: after the fork there is no {what}",
+                hint="run nbdkit as root with these capabilities, or say allow_deadlock=1",
+            )
+        print(f"zramd: {name} can do without, but had better have, {what}", file=sys.stderr)
 
 
 def cleanup() -> None:

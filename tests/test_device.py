@@ -787,6 +787,20 @@ def test_a_device_cannot_be_opened_before_its_gate_is(zram, monkeypatch):
     zram._gate.open()
 
 
+def test_the_lowered_mem_limit_of_a_reserve_can_be_raised_to_what_it_was_and_no_higher(zram):
+    zram.set("prealloc", "1")
+    zram.set("mem_limit", "5000K")
+    zram.init(16 << 20)
+    assert zram.statistics().mem_reserved < 5000 << 10  # whole spans
+    zram.set("mem_limit", "2M")
+    zram.set("mem_limit", "5000K")
+    assert zram.get("mem_limit") == str(5000 << 10)
+    for refused in (str((5000 << 10) + 1), "0"):
+        with pytest.raises(BadValue, match=r"has 4\.9M preallocated"):
+            zram.set("mem_limit", refused)
+    assert zram.statistics().mem_limit == 5000 << 10
+
+
 # Reset
 
 

@@ -158,6 +158,44 @@ def test_dump_plugin_tells_version_algorithms_and_python(nbdkit):
     assert re.search(r"^zramd_python=3\.", done.stdout, re.MULTILINE)
 
 
+@pytest.fixture
+def unlocked(nbdkit, tmp_path) -> str:
+    """The plugin, with its memory locked where it starts and not to be locked after the fork."""
+    spy = tmp_path / "spy.py"
+    spy.write_text(f"""
+import builtins
+__file__ = {str(PLUGIN)!r}
+exec(builtins.open(__file__).read())
+hardening.prepare = lambda: []
+refusals = iter([[], ["mlockall: refused"]])
+hardening.lock = lambda: next(refusals)
+""")
+    return str(spy)
+
+
+@pytest.mark.parametrize("foreground", [["-f"], []], ids=["foreground", "background"])
+def test_swap_whose_server_cannot_be_locked_after_the_fork_is_not_served(
+    nbdkit, unlocked, foreground
+):
+    done = nbdkit.run(*foreground, "python", unlocked, "name=zram0", "disksize=16M", "for=swap")
+    if foreground:
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert "swap on zram0 could deadlock: after the fork there is no mlockall: refused" in line
+        assert "allow_deadlock=1" in line
+    wait_for(lambda: list(nbdkit.runtime.iterdir()) == [], "nbdkit to end")
+
+
+@pytest.mark.parametrize("more", [["for=mount"], ["for=swap", "allow_deadlock=1"]])
+def test_what_cannot_be_locked_after_the_fork_is_said_where_that_may_be(nbdkit, unlocked, more):
+    done = nbdkit.run(
+        *("python", unlocked, "name=zram0", "disksize=16M", *more),
+        *("--run", "nbdinfo --size $uri"),
+    )
+    assert done.stdout == f"{16 << 20}\n"
+    assert done.stderr == "zramd: zram0 can do without, but had better have, mlockall: refused\n"
+
+
 def test_a_full_store_is_enospc_and_the_old_content_stays(serving):
     script = """
 import os

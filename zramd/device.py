@@ -39,19 +39,12 @@ from zramd.gate import Gate
 from zramd.opener import IoCounts, Opener
 from zramd.statistics import Statistics
 from zramd.store import PAGE
-from zramd.store.arena import Arena
+from zramd.store.arena import Arena, default_mem_limit
 from zramd.store.pages import Counters, Pages
 from zramd.store.zcomp import NAMES, Algorithm, Comp
 
 DEFAULT_ALGORITHM: Final = Algorithm("lz4")
 """lz4 costs a third of zstd's time per page; people who want the ratio say so."""
-
-
-def default_mem_limit(disksize: int) -> int:
-    """What is preallocated where nobody says how much, in bytes: half of what the device can hold,
-    and its table. lz4 makes 2.5 of programs' memory (docs/performance.md); the rest is for what
-    swap keeps though nobody needs it any more."""
-    return -(-(disksize // 2 + disksize // 512) // PAGE) * PAGE
 
 
 class Zram:
@@ -69,6 +62,7 @@ class Zram:
         self._disksize = 0
         self._algorithm = DEFAULT_ALGORITHM
         self._mem_limit = 0
+        self._reserved_limit = 0  # what the mem_limit was that meta has reserved
         self._prealloc = False
         self._openers_lock = threading.Lock()  # protects the two below
         self._openers: list[Opener] = []
@@ -111,6 +105,7 @@ class Zram:
                 raise NoMemory(f"no memory for a device of {sizes.human(disksize)}") from error
             meta.checkpoint = partial(_must_be_open, self._gate)
             self._meta, self._disksize, self._mem_limit = meta, disksize, limit
+            self._reserved_limit = limit if self._prealloc else 0
             self._gate.open()
 
     def reset(self, *, force: bool = False) -> None:
@@ -346,10 +341,10 @@ class Zram:
         limit = -(-sizes.parse(value) // PAGE) * PAGE
         with self._init_lock:
             if self._meta is not None:
-                reserved = self._meta.arena.reserved
-                if reserved and not 0 < limit <= max(reserved, self._mem_limit):
+                most = self._reserved_limit
+                if most and not 0 < limit <= most:
                     raise BadValue(
-                        f"{self.name} has {sizes.human(reserved)} preallocated, and no more than"
+                        f"{self.name} has {sizes.human(most)} preallocated, and no more than"
                         " that can be its mem_limit",
                         hint="to preallocate another size, reset it and set mem_limit first",
                     )

@@ -30,9 +30,10 @@ class ZramdError(Exception):
         return self.message
 
     def line(self) -> str:
-        """All there is to say, in the one line in which every front end says it."""
-        said = self.message if self.hint is None else f"{self.message}; {self.hint}"
-        return " ".join(said.split())
+        """All there is to say, notes too, in the one line in which every front end says it."""
+        notes = getattr(self, "__notes__", [])
+        said = [self.message, *notes, *([] if self.hint is None else [self.hint])]
+        return " ".join("; ".join(said).split())
 
 
 class BadValue(ZramdError):

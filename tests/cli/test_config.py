@@ -43,6 +43,25 @@ def test_all_that_is_wrong_in_all_files_is_told_in_a_line_each(zramd, configured
     assert len(lines) == 4
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('disksize = "1G"\nuse = "swap"\nmem_limit = "1M"\n', 3),
+        ('use = "swap"\ndisksize = "64K"\nmem_limit = 0\n', 2),
+    ],
+)
+def test_a_reserve_that_the_table_alone_would_fill_is_told_with_its_line_as_serve_does(
+    zramd, configured, text, line
+):
+    file = configured / "zram0.toml"
+    file.write_text(text)
+    told = zramd.fails(2, "check-config")
+    assert told.startswith(f"zramd: {file}:{line}: a mem_limit of ")
+    assert " cannot be reserved for a device of " in told
+    file.write_text(text.replace("swap", "mount") + 'mount_point = "/mnt"\n')
+    assert zramd.run("check-config").returncode == 0
+
+
 def test_two_files_that_want_one_node_are_told(zramd, configured):
     for name in ("a", "b"):
         (configured / f"{name}.toml").write_text('disksize = 4096\nnode = "/dev/nbd1"\n')

@@ -144,6 +144,33 @@ def test_a_program_that_the_sandbox_hides_is_told(zramd, tmp_path):
     assert re.search(r"^InaccessiblePaths=-/tmp -/var/tmp$", sandbox, re.MULTILINE)
 
 
+def test_a_python_that_the_sandbox_hides_is_told_through_links_and_environments(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("zramd.cli.install_units._CONFIGURATION", tmp_path / "etc/zramd")
+    program = tmp_path / "venv/bin/zramd"
+    program.parent.mkdir(parents=True)
+    program.touch(0o755)
+    monkeypatch.setattr("sys.argv", [str(program)])
+    python, prefix = tmp_path / "venv/bin/python", tmp_path / "link"
+    python.symlink_to("/root/.local/python/bin/python3")
+    prefix.symlink_to("/home/me/venv")
+
+    def told() -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["install-units", "--prefix", str(tmp_path / "usr")])
+        assert ended.value.code == 0
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", str(python))
+        line = f"do not see /root, and so cannot run {program}, which needs {python}: install it"
+        assert line in told()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.prefix", str(prefix))
+        assert f"do not see /home, and so cannot run {program}, which needs {prefix}" in told()
+
+
 def test_each_example_is_good_and_has_the_node_that_its_unit_uses():
     for file, unit in (("swap0.toml", "dev-nbd0.swap"), ("files.toml", "srv-files.mount")):
         path = ROOT / "systemd" / file

@@ -230,6 +230,15 @@ def test_a_server_with_another_mem_limit_is_not_taken_for_the_one_asked_for(zram
     assert "a mem_limit of 20M" in line
 
 
+def test_no_mem_limit_and_a_reserve_is_the_default_one_the_second_time_too(zramd, kernel):
+    up = ("up", "zram0", "--disksize=10000001", "--via=loop", "--mem-limit=0", "--prealloc")
+    node = zramd.ok(*up)
+    assert zramd.ok(*up) == node
+    zramd.ok("set", "zram0", "mem_limit", "3M")
+    assert "a mem_limit of 3M" in zramd.fails(30, *up)
+    zramd.ok("down", "zram0")
+
+
 def test_swap_that_is_on_keeps_its_priority_unless_another_is_asked_for(zramd, kernel):
     require.program("mkswap")
     up = ("up", "zram0", *VIA, "--swap", "--allow-deadlock")

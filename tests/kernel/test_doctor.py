@@ -18,7 +18,7 @@ from zramd.kernel.attach import Attachment
 from zramd.kernel.doctor import machine as facts
 from zramd.kernel.doctor.machine import Device, Machine
 from zramd.kernel.doctor.verdict import Verdict
-from zramd.kernel.state import User
+from zramd.kernel.state import Swap, User
 from zramd.statistics import Statistics
 
 MIB = 1 << 20
@@ -28,7 +28,8 @@ MOUNT = "40 27 43:0 / /mnt rw,relatime shared:2 - ext4 /dev/nbd0 rw,discard\n"
 STAT = "42 (zramd (x) y) S 1 42 42 0 -1 {flags} " + "0 " * 31 + "{policy} 0 0\n"
 HARDENED = STAT.format(flags=0x00080000 | 0x00400040, policy=1)
 STATUS = (
-    "Name:\tzramd\nUid:\t{uid}\t{uid}\t0\t0\nVmLck:\t{locked} kB\nCapEff:\t{cap}\nCapBnd:\t{cap}\n"
+    "Name:\tzramd\nUid:\t{uid}\t{uid}\t0\t0\nVmSize:\t  262176 kB\nVmLck:\t{locked} kB\n"
+    "CapEff:\t{cap}\nCapBnd:\t{cap}\n"
 )
 ALL_CAPABILITIES = "000001ffffffffff"
 NO_SYS_RESOURCE = "000001fffeffffff"
@@ -277,6 +278,14 @@ ILLS = [
         *({f"{GROUP}/memory.max": str(16 * MIB)}, {"configs": {"swap1": SWAP_FILE}}),
     ),
     (
+        *("memory-cgroup", "problem", "/system.slice may take 96M, and the devices", "memory.max"),
+        {
+            "/sys/fs/cgroup/system.slice/memory.max": str(96 * MIB),
+            "/proc/43/cgroup": "0::/system.slice/zramd@swap1.service",
+        },
+        {"devices": [SWAP, replace(SWAP, name="swap1", process="43")]},
+    ),
+    (
         *("oom-daemon", "warning", "systemd-oomd runs", "ManagedOOMPreference=omit"),
         *({"/proc/9/comm": "systemd-oomd"}, {}),
     ),
@@ -359,6 +368,11 @@ DEVICE_ILLS = [
     (
         *("hardened", "problem", "no locked memory:", "zramd down swap0"),
         *({"/proc/42/status": HEALTHY["/proc/self/status"]}, SWAP),
+    ),
+    (
+        *("hardened", "problem", "no locked memory:", "zramd down swap0"),  # the arena alone is
+        {"/proc/42/status": STATUS.format(uid=0, locked=65536, cap=ALL_CAPABILITIES)},
+        SWAP,
     ),
     (
         *("hardened", "problem", "no oom_score_adj -1000:", "up again as root"),
@@ -477,6 +491,21 @@ def test_every_check_is_shown_an_ill_and_a_machine_on_which_it_is_ok(tmp_path):
         ("realtime", {"/proc/sys/kernel/sched_rt_runtime_us": "-1"}, {}),
         ("realtime", {"/proc/sys/kernel/sched_rt_runtime_us": None}, {}),
         ("memory-cgroup", {f"{GROUP}/memory.max": str(1 << 40)}, {}),
+        (  # that is not where the server is
+            "memory-cgroup",
+            {f"{GROUP}/memory.max": str(16 * MIB)},
+            {"devices": [SWAP], "configs": {"swap0": SWAP_FILE}},
+        ),
+        (
+            "memory-cgroup",
+            {"/sys/fs/cgroup/system.slice/memory.max": str(64 * MIB)},
+            {"devices": [SWAP]},
+        ),
+        (  # so much is always left in clusters that are not quite free
+            "discard",
+            {"/proc/swaps": SWAPS + OURS.replace("65536", "4096")},
+            {"devices": [replace(SWAP, now=replace(NOW, orig_data_size=96 * MIB, notify_free=1))]},
+        ),
         ("memory", {}, {"configs": {"files": 'disksize = "9G"\n', "swap1": SWAP_FILE}}),
         ("memory", {}, {"configs": {"swap0": SWAP_FILE.replace("32M", "9G")}, "devices": [SWAP]}),
         ("nbd-nodes", {}, {"nbd": True}),
@@ -495,6 +524,11 @@ def test_every_check_is_shown_an_ill_and_a_machine_on_which_it_is_ok(tmp_path):
 def test_what_does_not_hurt_is_ok(tmp_path, slug, files, more):
     told = verdict(Made(tmp_path, files, **{"nbd": False, **more}), slug)
     assert told.status == "ok", told
+
+
+def test_the_swaps_of_a_made_machine_are_read_as_the_machines_own_are(tmp_path):
+    machine = Made(tmp_path, {"/proc/swaps": SWAPS + "/a\\040swap file 1024 4 -2\n"})
+    assert machine.swaps == [Swap("/a swap", MIB, 4096, -2)]
 
 
 def test_systemd_oomd_is_told_by_the_mark_on_its_control_group_to_leave_a_server(tmp_path):

@@ -4,15 +4,18 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import require
 from tests.kernel.servers import ROOT
+from zramd.cli import attach as verb
 from zramd.errors import AttachFailed, BadValue, NeedsRoot, ToolMissing
-from zramd.kernel import attach, netlink, state, tools, use
-from zramd.kernel.state import User
+from zramd.kernel import attach, loop, nbd, netlink, state, tools, use
+from zramd.kernel.state import Swap, User
 
 MOUNTINFO = r"""22 27 0:21 / /proc rw,relatime - proc proc rw
 27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw,discard
@@ -49,6 +52,17 @@ def test_users_are_found_by_name_by_number_and_in_their_order(proc: Path) -> Non
     ]
     assert state.users("/dev/nbd1") == [User("swap", "[SWAP]")]
     assert state.users("/dev/nbd2") == []
+
+
+def test_swap_is_read_in_one_place(proc: Path) -> None:
+    (proc / "swaps").write_text(SWAPS + "/a\\040place/swap file\t8 4 -2\n")
+    assert state.swaps()[1:] == [
+        Swap("/dev/nbd1", 524284 << 10, 0, 5),
+        Swap("/a place/swap", 8192, 4096, -2),
+    ]
+    assert use.swap_priority("/dev/nbd1") == 5
+    assert use.swap_priority("/a place/swap") == -2
+    assert use.swap_priority("/dev/nbd2") is None
 
 
 def test_only_the_exact_mount_point_is_a_mount(proc: Path) -> None:
@@ -101,6 +115,67 @@ def test_who_is_not_root_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         with pytest.raises(NeedsRoot):
             asked()
+
+
+def test_that_min_free_kbytes_stays_raised_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "min_free_kbytes").write_text("512\n")
+    monkeypatch.setattr(use, "_MIN_FREE", tmp_path / "min_free_kbytes")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    said = use.prepare_for_swap("zram0", "nbd")
+    assert said == "vm.min_free_kbytes is 4096 now, and was 512; it stays so until reboot"
+    assert (tmp_path / "min_free_kbytes").read_text() == "4096"
+    assert use.prepare_for_swap("zram0", "nbd") is None
+
+
+class Failing:
+    """Stands for the functions of an attach: what it begins fails, and so does its undoing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.patch = monkeypatch
+
+    def fail(self, module: object, function: str, error: Exception) -> None:
+        def failing(*_arguments: object, **_more: object) -> None:
+            raise error
+
+        self.patch.setattr(module, function, failing)
+
+
+def _loop(failing: Failing, directory: Path) -> None:
+    failing.fail(loop, "_start_nbdfuse", AttachFailed("the first", hint="do this"))
+    failing.fail(loop, "clear", AttachFailed("the second"))
+    loop.attach(directory, directory / "nbd.sock", "", None)
+
+
+def _nbd(failing: Failing, directory: Path) -> None:
+    failing.patch.setattr(nbd, "_connect", lambda _server: socket.socket())
+    failing.patch.setattr(nbd, "negotiate", lambda *_: SimpleNamespace(size=4096, flags=0))
+    failing.patch.setattr(netlink, "nbd_connect", lambda *_: 0)
+    failing.fail(tools, "wait_until", AttachFailed("the first", hint="do this"))
+    failing.fail(netlink, "nbd_disconnect", OSError("the second"))
+    nbd.attach(directory, directory / "nbd.sock", "", None)
+
+
+def _verb(failing: Failing, directory: Path) -> None:
+    (directory / "zram0.toml").write_text('disksize = "1M"\nuse = "swap"\n')
+    made = attach.Attachment("zram0", "/dev/nbd0", "nbd")
+    failing.patch.setattr(attach, "attached", lambda _name: None)
+    failing.patch.setattr(attach, "attach", lambda *_: made)
+    failing.fail(use, "prepare_for_swap", AttachFailed("the first", hint="do this"))
+    failing.fail(attach, "detach", AttachFailed("the second"))
+    arguments = ["zram0", "--config", str(directory / "zram0.toml")]
+    verb.command.main(arguments, standalone_mode=False)
+
+
+@pytest.mark.parametrize("way", [_loop, _nbd, _verb])
+def test_an_attach_that_fails_is_told_first_and_then_that_it_could_not_be_undone(
+    way: Callable[[Failing, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(tmp_path))
+    with pytest.raises(AttachFailed) as failed:
+        way(Failing(monkeypatch), tmp_path)
+    assert failed.value.line() == "the first; and what was done stays: the second; do this"
 
 
 def test_detaching_what_is_not_attached_needs_no_root(

@@ -132,6 +132,14 @@ def test_a_wrong_line_is_told_with_its_number_and_what_is_allowed(file, line, cu
         ('use = "swap"\nfs_type = "xfs"', 3, 'fs_type goes with use = "mount"', "leave it out"),
         ('use = "mount"', 2, 'use = "mount" needs a mount_point', 'mount_point = "/mnt"'),
         (
+            'use = "swap"\nmem_limit = "1M"',
+            *(3, "a mem_limit of 1M cannot be reserved for a device of 1G", "table alone takes 2M"),
+        ),
+        (
+            'prealloc = true\nmem_limit = "1M"',
+            *(3, "a mem_limit of 1M cannot be reserved for a device of 1G", "table alone takes 2M"),
+        ),
+        (
             'listen = ["unix:/a", "tcp:h:1"]\nuse = "swap"',
             *(2, "swap is not served on tcp:h:1: over TCP it can deadlock", "unix:PATH only"),
         ),

@@ -20,6 +20,7 @@ from tests.store.contents import noise, text
 from zramd.errors import NoMemory, NotHardened
 from zramd.nbd import wire
 from zramd.nbd.address import UnixAddress
+from zramd.service import hardening
 from zramd.service.runtime import Paths
 from zramd.store import PAGE
 
@@ -67,6 +68,7 @@ def work(client: RawClient) -> None:
 
 def test_its_memory_is_locked_and_its_class_is_real_time(server):
     assert status(server, "VmLck") * 1024 > 32 * MIB + 20 * MIB
+    assert "locked memory" not in hardening.lacking(Path(f"/proc/{server}"))
     assert status(server, "VmSwap") == 0
     for thread in threads(server):
         assert os.sched_getscheduler(thread) == os.SCHED_FIFO
@@ -167,6 +169,24 @@ def test_a_reader_of_stderr_that_does_not_read_does_not_stop_it(runtime):
         os.close(reader)
         os.close(writer)
         zramd("down", "h1", status=None)
+
+
+def test_a_process_that_has_locked_its_arena_alone_lacks_locked_memory():
+    script = (
+        "from zramd.store.arena import Arena\n"
+        "arena = Arena(64 << 20, 'lz4', limit=16 << 20, reserve=True)\n"
+        "print('ready', flush=True); input()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        assert status(child.pid, "VmLck") >= 15 << 10
+        assert "locked memory" in hardening.lacking(Path(f"/proc/{child.pid}"))
+    finally:
+        child.communicate("\n")
 
 
 def test_garbage_is_not_collected_once_all_stands():

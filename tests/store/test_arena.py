@@ -338,3 +338,24 @@ print(before - new.resident())
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.stdout == f"{SPAN}\n", done.stderr
+
+
+def test_where_all_that_is_mapped_is_locked_the_limit_on_that_is_named():
+    script = """
+import ctypes, os, resource
+from zramd.errors import NoMemory
+from zramd.store.arena import Arena
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (4 << 20, 4 << 20))
+if os.geteuid() == 0:
+    os.setgid(65534), os.setuid(65534)
+assert ctypes.CDLL(None).mlockall(2 | 4) == 0
+try:
+    Arena(64 << 20, "lz4")
+except NoMemory as error:
+    print(error.hint)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert "raise RLIMIT_MEMLOCK" in done.stdout, done.stderr
+    assert "RLIMIT_AS" not in done.stdout

@@ -1,12 +1,13 @@
 """zramd attach: make the kernel's block device node of a served device."""
 
+import contextlib
+from functools import partial
 from pathlib import Path
 
 import click
 
 from zramd.cli.options import NODE, config_in, config_option, name_argument, talk
-from zramd.errors import ZramdError
-from zramd.kernel import attach, use
+from zramd.kernel import attach, tools, use
 from zramd.service.runtime import Paths
 
 
@@ -32,7 +33,8 @@ def command(name: str, file: Path | None, via: attach.Via | None, node: str | No
     attachment = attach.attach(name, Paths(name).nbd_socket, name, via, node)
     talk(f"{name} is attached through {attachment.via}")
     if config is not None and config.content is not None:
-        try:
+        detach = partial(attach.detach, name)
+        with tools.undone(detach) if before is None else contextlib.nullcontext():
             if config.use == "swap":
                 changed = use.prepare_for_swap(
                     name, attachment.via, allow_deadlock=config.allow_deadlock
@@ -40,9 +42,5 @@ def command(name: str, file: Path | None, via: attach.Via | None, node: str | No
                 if changed is not None:
                     talk(changed)
             use.format(attachment.node, config.content)
-        except ZramdError:
-            if before is None:
-                attach.detach(name)
-            raise
         talk(f"{attachment.node} is ready: it holds {config.content}")
     click.echo(attachment.node)

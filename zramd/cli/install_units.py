@@ -60,9 +60,12 @@ def command(destdir: Path | None, prefix: Path, program: str | None) -> None:
     """
     if not prefix.is_absolute():
         raise BadValue(f"--prefix: {str(prefix)!r} is relative", hint="give one such as /usr")
-    if program is None:
-        program = str(prefix / "bin/zramd") if destdir is not None else _this_program()
-    _check_program(program)
+    needs: tuple[str, ...] = ()
+    if program is None and destdir is not None:
+        program = str(prefix / "bin/zramd")
+    elif program is None:
+        program, needs = _this_program(), (sys.executable, sys.prefix, sys.base_prefix)
+    _check_program(program, needs)
     root = Path("/") if destdir is None else destdir
     units = _below(root, prefix / "lib/systemd/system")
     examples = _below(root, prefix / "share/doc/zramd/examples")
@@ -103,7 +106,9 @@ def _this_program() -> str:
     )
 
 
-def _check_program(program: str) -> None:
+def _check_program(program: str, needs: tuple[str, ...]) -> None:
+    """BadValue for what cannot stand in a unit. Where the sandbox hides it, or the Python that it
+    needs, whatever the links on the way, that is said."""
     # In a unit a space ends a word, % and $ begin something else.
     if re.fullmatch(r"/[\w/.+@:~-]+", program, re.ASCII) is None:
         raise BadValue(
@@ -111,8 +116,11 @@ def _check_program(program: str) -> None:
             hint="give a path that begins with / and has only letters, digits and ._+@:~-",
         )
     for path in _HIDDEN:
-        if program.startswith(f"{path}/") or os.path.realpath(program).startswith(f"{path}/"):
-            talk(f"the units do not see {path}, and so cannot run {program}: install it elsewhere")
+        for needed in (program, *needs):
+            if any(p.startswith(f"{path}/") for p in (needed, os.path.realpath(needed))):
+                what = program if needed == program else f"{program}, which needs {needed}"
+                talk(f"the units do not see {path}, and so cannot run {what}: install it elsewhere")
+                break
 
 
 def _below(root: Path, path: Path) -> Path:

@@ -134,6 +134,8 @@ def _serves(name: str, config: Config) -> bool:
     except NoServer:
         return False
     algorithm, limit = config.comp_algorithm, config.mem_limit
+    if limit == 0:
+        limit = config.reservation
     if (
         now.disksize != -(-config.disksize // PAGE) * PAGE
         or (algorithm is not None and str(Algorithm.parse(algorithm)) != now.algorithm)

@@ -44,7 +44,7 @@ def attach(directory: Path, server: Path, export: str, node: str | None) -> str:
     """Make a node of the export on the socket `server`; all or nothing."""
     assert node is None, "which loop device it is losetup finds"
     mount = directory / _MOUNT
-    try:
+    with tools.undone(partial(clear, directory)):
         mount.mkdir(0o700)
         _start_nbdfuse(mount, server, export)
         return tools.run(
@@ -52,9 +52,6 @@ def attach(directory: Path, server: Path, export: str, node: str | None) -> str:
             *("--sector-size", str(PAGE), os.fspath(mount / _FILE)),
             error=AttachFailed,
         ).strip()
-    except BaseException:
-        clear(directory)
-        raise
 
 
 def find(directory: Path) -> str | None:

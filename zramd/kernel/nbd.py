@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -77,7 +78,7 @@ def attach(directory: Path, server: Path, export: str, node: str | None) -> str:
                 hint="`dmesg | tail` may say why",
             ) from error
     node = f"/dev/nbd{index}"
-    try:
+    with tools.undone(partial(netlink.nbd_disconnect, index)):
         if not tools.wait_until(lambda: _ready(node, info.size)):
             raise AttachFailed(
                 f"the kernel connected nbd{index}, but {node} did not appear with its size",
@@ -88,9 +89,6 @@ def attach(directory: Path, server: Path, export: str, node: str | None) -> str:
                 f"the kernel's nbd{index} does not keep the name of its backend",
                 hint="that needs Linux 5.14 or later; use --via loop",
             )
-    except BaseException:
-        netlink.nbd_disconnect(index)
-        raise
     return node
 
 

@@ -44,6 +44,25 @@ class User:
         return "used as swap" if self.kind == "swap" else f"held by {self.where}"
 
 
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A line of /proc/swaps; sizes in bytes."""
+
+    node: str
+    size: int
+    used: int
+    priority: int
+
+
+def swaps(proc: Path | None = None) -> list[Swap]:
+    """All swap that is on; `proc` is where another machine's /proc lies."""
+    found = []
+    for line in ((proc or PROC) / "swaps").read_text(errors="replace").splitlines()[1:]:
+        node, _kind, size, used, priority = line.split()
+        found.append(Swap(_unescape(node), int(size) << 10, int(used) << 10, int(priority)))
+    return found
+
+
 def mounts() -> list[Mount]:
     """Every mount of this namespace, in the order in which they were made."""
     found = []
@@ -68,10 +87,7 @@ def is_mount(path: Path) -> bool:
 
 def users(node: str) -> list[User]:
     """What uses the block device `node`, in the order in which it began; [] where nothing does."""
-    found: list[User] = []
-    for line in (PROC / "swaps").read_text(errors="surrogateescape").splitlines()[1:]:
-        if _unescape(line.split()[0]) == node:
-            found.append(User("swap", "[SWAP]"))
+    found = [User("swap", "[SWAP]") for swap in swaps() if swap.node == node]
     number = _number(node)
     for mount in mounts():
         # By name as well as by number: a btrfs mount has a number of its own.

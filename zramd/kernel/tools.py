@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from zramd.errors import NeedsRoot, ToolMissing, ZramdError
@@ -69,6 +70,19 @@ def need_root(doing: str) -> None:
     """NeedsRoot unless we are root."""
     if os.geteuid() != 0:
         raise NeedsRoot(f"{doing} needs root", hint="run it with sudo")
+
+
+@contextmanager
+def undone(step: Callable[[], object]) -> Iterator[None]:
+    """What fails inside is undone by `step`, and raised: should `step` fail too, with a note."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            step()
+        except (ZramdError, OSError) as another:
+            error.add_note(f"and what was done stays: {another}")
+        raise
 
 
 def wait_until(fact: Callable[[], bool], seconds: float = 10.0) -> bool:

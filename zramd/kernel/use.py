@@ -23,7 +23,7 @@ from typing import Final
 
 from zramd.errors import BadValue, NotHardened, UseFailed
 from zramd.kernel import nbd, tools
-from zramd.kernel.state import User, mounts, processes_in, users
+from zramd.kernel.state import User, mounts, processes_in, swaps, users
 
 MIN_FREE_KIB: Final = 4096
 """The least vm.min_free_kbytes for swap: real-time tasks may take half of it where others get no
@@ -81,7 +81,8 @@ def swapon(node: str, priority: int | None = None) -> None:
 
 def prepare_for_swap(name: str, via: str, *, allow_deadlock: bool = False) -> str | None:
     """See that swap on the device `name`, attached through `via`, can go on when there is no free
-    memory; what was changed for that, in a line.
+    memory; what was changed for that, in a line. Nothing takes that back: it is the machine's, and
+    other devices may have come to rely on it.
 
     Raises NotHardened where it cannot, unless `allow_deadlock`; NeedsRoot.
     """
@@ -105,16 +106,12 @@ def prepare_for_swap(name: str, via: str, *, allow_deadlock: bool = False) -> st
             f" from, and cannot be raised: {error.strerror}",
             hint=f"sysctl vm.min_free_kbytes={MIN_FREE_KIB}, or say --allow-deadlock",
         ) from error
-    return f"vm.min_free_kbytes is {MIN_FREE_KIB} now, and was {has}"
+    return f"vm.min_free_kbytes is {MIN_FREE_KIB} now, and was {has}; it stays so until reboot"
 
 
 def swap_priority(node: str) -> int | None:
     """The priority of the swap on this node; None where it is none."""
-    for line in Path("/proc/swaps").read_text(errors="surrogateescape").splitlines()[1:]:
-        name, _type, _size, _used, priority = line.split()
-        if name == node:
-            return int(priority)
-    return None
+    return next((swap.priority for swap in swaps() if swap.node == node), None)
 
 
 def mount(node: str, directory: Path, fstype: str = "ext4") -> None:

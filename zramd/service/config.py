@@ -17,6 +17,7 @@ from zramd import sizes
 from zramd.errors import BadValue
 from zramd.nbd.address import Address, TcpAddress, parse_listen
 from zramd.service.runtime import check_name
+from zramd.store import PAGE
 
 Use: TypeAlias = Literal["swap", "mount"]
 
@@ -50,6 +51,16 @@ class Config:
     def reserves(self) -> bool:
         """Whether mem_limit is taken at once."""
         return self.use == "swap" if self.prealloc is None else self.prealloc
+
+    @property
+    def reservation(self) -> int:
+        """How much of it is taken at once, as the device rounds it: of 0, as of None, the default;
+        0 where it is not."""
+        if not self.reserves:
+            return 0
+        from zramd.store.arena import default_mem_limit  # which few verbs need
+
+        return _pages(self.mem_limit or default_mem_limit(_pages(self.disksize)))
 
     @property
     def content(self) -> str | None:
@@ -205,6 +216,16 @@ def _clashes(values: dict[str, Any], found: set[str]) -> Iterator[tuple[str, Bad
         yield "use", BadValue('use = "mount" needs a mount_point', hint=hint)
     for fault in _over_tcp(use, values.get("listen", ())):
         yield "listen", fault
+    sizing = {"disksize", "mem_limit", "prealloc"} & found
+    if "disksize" in sizing <= values.keys():
+        from zramd.store.arena import reserved_spans
+
+        made = Config(use=use, **{key: values[key] for key in sizing})
+        try:
+            if made.reserves:
+                reserved_spans(_pages(made.disksize), made.reservation)
+        except BadValue as fault:
+            yield "mem_limit" if made.mem_limit else "disksize", fault
 
 
 def _over_tcp(use: Use | None, listen: tuple[Address, ...]) -> Iterator[BadValue]:
@@ -214,6 +235,10 @@ def _over_tcp(use: Use | None, listen: tuple[Address, ...]) -> Iterator[BadValue
                 f"swap is not served on {address}: over TCP it can deadlock",
                 hint="listen on unix:PATH only",
             )
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE
 
 
 def _size(value: object) -> int:

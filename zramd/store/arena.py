@@ -24,6 +24,7 @@ span that it has not occupied first.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import re
@@ -79,20 +80,13 @@ class Arena:
                 hint=f"the largest device is {human(MAX_DISKSIZE)}",
             )
         slots = disksize // PAGE
-        table_at = PAGE
-        map_at = table_at + _round_up(slots * 8, PAGE)
+        table_at, map_at = PAGE, _map_at(disksize)
         # Every live object can come to sit alone in its span, so as many spans as slots are
         # enough for any history; the slack is for objects that replace others, in flight.
         spans = slots + 4096
         if reserve:
             # What is stored raw, all of it, and a span that every class has begun.
-            spans = min(-(-disksize // SPAN) + 128, _spans_within(limit, map_at))
-            if spans <= 0:
-                raise BadValue(
-                    f"a mem_limit of {human(limit)} cannot be reserved for a device of"
-                    f" {human(disksize)}",
-                    hint=f"its table alone takes {human(map_at)}; half the disksize is usual",
-                )
+            spans = min(-(-disksize // SPAN) + 128, reserved_spans(disksize, limit))
         spans_at = _round_up(map_at + spans, SPAN)
         self.size = spans_at + spans * SPAN
         self.slots = slots
@@ -122,10 +116,15 @@ class Arena:
             raise
         except (OSError, OverflowError, ValueError) as error:
             self._drop()
+            if isinstance(error, OSError) and error.errno == errno.EAGAIN:
+                # mlockall(MCL_FUTURE) has been called, after which what is mapped counts as locked.
+                step = ", which counts as locked: raise RLIMIT_MEMLOCK, give it CAP_IPC_LOCK"
+            else:
+                step = " (not of RAM): raise RLIMIT_AS"
             raise NoMemory(
                 f"no memory for a device of {human(disksize)}: {error}",
-                hint=f"the arena needs {human(self.size)} of address space (not of RAM):"
-                " raise RLIMIT_AS, or choose a smaller disksize",
+                hint=f"the arena needs {human(self.size)} of address space{step},"
+                " or choose a smaller disksize",
             ) from error
         self.view = memoryview(self.map)
         self.table = self.view[table_at : table_at + slots * 8].cast("Q")
@@ -243,12 +242,31 @@ class Region:
         self._arena.vacate(self._offset + page * PAGE, PAGE)
 
 
-def _spans_within(limit: int, map_at: int) -> int:
-    """How many spans fit, with their map before them."""
+def default_mem_limit(disksize: int) -> int:
+    """What is reserved where nobody says how much, in bytes: half of what the device can hold, and
+    its table. lz4 makes 2.5 of programs' memory (docs/performance.md); the rest is for what swap
+    keeps though nobody needs it any more."""
+    return _round_up(disksize // 2 + disksize // 512, PAGE)
+
+
+def reserved_spans(disksize: int, limit: int) -> int:
+    """How many spans fit into a reserve of `limit` bytes, with all that stands before them.
+    BadValue: none."""
+    map_at = _map_at(disksize)
     spans = (limit - map_at) // (SPAN + 1)
     while spans > 0 and _round_up(map_at + spans, SPAN) + spans * SPAN > limit:
         spans -= 1
+    if spans <= 0:
+        raise BadValue(
+            f"a mem_limit of {human(limit)} cannot be reserved for a device of {human(disksize)}",
+            hint=f"its table alone takes {human(map_at)}; half the disksize is usual",
+        )
     return spans
+
+
+def _map_at(disksize: int) -> int:
+    """Where the span map begins: behind the header and the table."""
+    return PAGE + _round_up(disksize // PAGE * 8, PAGE)
 
 
 def _must_be_available(size: int) -> None:

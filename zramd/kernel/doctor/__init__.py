@@ -99,7 +99,7 @@ CHECKS: Final = (
     _machine(70, "memory", machine_checks.memory,
              "What files in /etc/zramd will have preallocated is available."),
     _machine(71, "memory-cgroup", machine_checks.memory_cgroup,
-             "No control group limits the memory of a server started here."),
+             "No control group is too small for its servers, or, without any, limits a new one."),
     _machine(72, "oom-daemon", machine_checks.oom_daemon,
              "No systemd-oomd kills control groups with servers in them."),
     _machine(73, "config", machine_checks.config_files,

@@ -1,8 +1,8 @@
 """The checks of a device. Each takes the machine and the device, and tells one Verdict, or None
 where the device gives it nothing to tell.
 
-What cannot be told: whether swap on a node is discarded (/proc/swaps does not say; what has piled
-up does), and whether a server collects garbage.
+What cannot be told: whether swap on a node is discarded (/proc/swaps does not say; that nothing was
+ever discarded there does), and whether a server collects garbage.
 """
 
 import os
@@ -113,10 +113,13 @@ def discard(machine: Machine, device: Device) -> Verdict | None:
             )
     for swap in machine.swaps:
         stored = device.now.orig_data_size
-        if swap.node == device.node and stored > 2 * swap.used + _PILE:
+        # swapon --discard discards the whole node first. Without that, what has piled up is not the
+        # kernel's slowness: it gives back a cluster when all of it is free, which may be never.
+        never = device.now.notify_free == 0
+        if swap.node == device.node and never and stored > 2 * swap.used + _PILE:
             return warning(
                 f"{device.name} holds {human(stored)} for {human(swap.used)} of swap in use: what"
-                " is freed seems not to be discarded",
+                " is freed is not discarded",
                 f"swapoff {device.node}; swapon --discard --priority 100 {device.node}",
             )
     return ok(f"{device.name} gets back what is freed on {device.node}")
@@ -128,7 +131,7 @@ def server_cgroup(machine: Machine, device: Device) -> Verdict | None:
     limit = machine.memory_limit(device.process)
     if limit is None:
         return ok(f"{device.name}: no control group limits the memory of its server")
-    wants = device.now.mem_limit or device.now.disksize
+    wants = device.wants
     grants = f"{device.name}: its server's control group may take {human(limit)}"
     if limit < wants:
         return problem(

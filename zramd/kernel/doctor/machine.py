@@ -24,7 +24,7 @@ from zramd.control.client import State, look
 from zramd.errors import BadValue, ZramdError
 from zramd.kernel import netlink, tools
 from zramd.kernel.attach import Attachment, attached
-from zramd.kernel.state import SYS_BLOCK, User, users
+from zramd.kernel.state import SYS_BLOCK, Swap, User, swaps, users
 from zramd.service import config, runtime
 from zramd.service.runtime import Paths
 from zramd.statistics import Statistics
@@ -60,6 +60,11 @@ class Device:
     def is_swap(self) -> bool:
         return any(user.kind == "swap" for user in self.users)
 
+    @property
+    def wants(self) -> int:
+        """The memory that it may come to take, in bytes; 0 where no server tells."""
+        return 0 if self.now is None else self.now.mem_limit or self.now.disksize
+
     @classmethod
     def look(cls, name: str) -> "Device":
         """Ask server and kernel; its node is never opened. A server that is stopped takes as long
@@ -87,16 +92,6 @@ def device_names() -> list[str]:
         if directory.parent == runtime.runtime_dir() and directory.name not in found:
             found.append(directory.name)
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """A line of /proc/swaps; sizes in bytes."""
-
-    node: str
-    size: int
-    used: int
-    priority: int
 
 
 class Machine:
@@ -170,11 +165,7 @@ class Machine:
 
     @cached_property
     def swaps(self) -> list[Swap]:
-        found = []
-        for line in self.read("/proc/swaps").splitlines()[1:]:
-            node, _kind, size, used, priority = line.split()
-            found.append(Swap(node, int(size) << 10, int(used) << 10, int(priority)))
-        return found
+        return swaps(self.path("/proc"))
 
     @cached_property
     def is_root(self) -> bool:
@@ -230,14 +221,18 @@ class Machine:
 
     def memory_limit(self, process: str = "self") -> int | None:
         """The least that any of its control groups grants; None where all of memory is granted."""
-        found = []
+        return min(self.memory_limits(process).values(), default=None)
+
+    def memory_limits(self, process: str = "self") -> dict[str, int]:
+        """What each of its control groups grants that does not grant all of memory."""
+        found: dict[str, int] = {}
         for group in self.cgroups(process):
             for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
                 if self.has(f"{group}/{name}"):
                     told = self.read(f"{group}/{name}")
-                    found += [] if told == "max" else [int(told)]
-        least = min(found, default=None)
-        return None if least is None or least >= self.meminfo("MemTotal") else least
+                    if told != "max" and int(told) < self.meminfo("MemTotal"):
+                        found[group] = min(int(told), found.get(group, int(told)))
+        return found
 
     def processes(self, *names: str) -> list[str]:
         """Those of the names that a running process has."""

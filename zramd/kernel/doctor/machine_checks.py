@@ -11,10 +11,9 @@ from typing import Final
 
 from zramd.errors import BadValue
 from zramd.kernel.doctor import machine as facts
-from zramd.kernel.doctor.machine import Machine
+from zramd.kernel.doctor.machine import Device, Machine
 from zramd.kernel.doctor.verdict import Verdict, ok, problem, unknown, warning
 from zramd.kernel.use import MIN_FREE_KIB
-from zramd.service.config import Config
 from zramd.sizes import human
 
 OUR_PRIORITY: Final = 100
@@ -265,7 +264,7 @@ def overcommit(machine: Machine) -> Verdict:
 def memory(machine: Machine) -> Verdict:
     running = {device.name for device in machine.devices}
     wanted = {
-        name: _reservation(config)
+        name: config.reservation
         for name, config in machine.configs.items()
         if config.reserves and name not in running
     }
@@ -286,19 +285,15 @@ def memory(machine: Machine) -> Verdict:
     return ok(f"{who} will take {human(total)} at once, and {human(available)} are available")
 
 
-def _reservation(config: Config) -> int:
-    if config.mem_limit:
-        return config.mem_limit
-    from zramd.device import default_mem_limit  # which loads every compressor
-
-    return default_mem_limit(config.disksize)
-
-
 def memory_cgroup(machine: Machine) -> Verdict:
+    """Of the servers that run, all of a group together; for want of any, of one started here."""
+    servers = [device for device in machine.devices if device.now is not None]
+    if servers:
+        return _groups_of(machine, servers)
     limit = machine.memory_limit()
     if limit is None:
         return ok("no control group limits the memory of a server started here")
-    wanted = sum(_reservation(c) for c in machine.configs.values() if c.reserves)
+    wanted = sum(config.reservation for config in machine.configs.values())
     if wanted > limit:
         return problem(
             f"the control group of this process may take {human(limit)}, and devices that are"
@@ -310,6 +305,26 @@ def memory_cgroup(machine: Machine) -> Verdict:
         " no more than that",
         "keep mem_limit well below, or start servers elsewhere (zramd@NAME.service)",
     )
+
+
+def _groups_of(machine: Machine, servers: list[Device]) -> Verdict:
+    limits: dict[str, int] = {}
+    members: dict[str, list[Device]] = {}
+    for server in servers:
+        for group, limit in machine.memory_limits(server.process).items():
+            limits[group] = limit
+            members.setdefault(group, []).append(server)
+    for group, inside in members.items():
+        wanted = sum(device.wants for device in inside)
+        if wanted > limits[group]:
+            return problem(
+                f"{group} may take {human(limits[group])}, and the devices whose servers are in it,"
+                f" {', '.join(device.name for device in inside)}, want {human(wanted)}",
+                "raise its memory.max and memory.high, or lower a mem_limit",
+            )
+    if limits:
+        return ok("the control groups of the servers may take what their devices want")
+    return ok("no control group limits the memory of the servers")
 
 
 def oom_daemon(machine: Machine) -> Verdict:
