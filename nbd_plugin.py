@@ -47,6 +47,7 @@ def _find_packages(here: Path) -> None:
         else:
             foreign += f"; {environment} is for another version"
     try:
+        import zramd.without_ssl  # noqa: I001 - first
         import zramd.control.server
         import zramd.device  # noqa: F401
     except ImportError as missing:

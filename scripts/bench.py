@@ -11,9 +11,10 @@ buffers that compress as well as it does.
 
 fio's client runs on the last CPU and the server under test on the first, where there are two.
 
-Three rows are no ratios of zramd to another: the gate's share of a write is that of a write with
-the gate to one without, a drain's lateness is in milliseconds, one figure for each reset, and an
-idle server's memory is in MiB, one figure for each server.
+Some rows are no ratios of zramd to another: the gate's share of a write is that of a write with
+the gate to one without, and what recoverability costs is one with the store as it is to one that
+publishes as it likes; a drain's lateness is in milliseconds, a recovery in GiB of stored pages a
+second, a pause in seconds, an idle server's memory in MiB, one figure each time.
 """
 
 import argparse
@@ -21,12 +22,15 @@ import json
 import mmap
 import os
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,10 +41,13 @@ import lz4.block
 from zramd.device import Zram
 from zramd.errors import DeviceBusy, NotInitialised
 from zramd.gate import Gate, Record
+from zramd.nbd.client import negotiate
+from zramd.nbd.wire import NBD_CMD_READ, NBD_CMD_WRITE, SIMPLE_REPLY, pack_request
 from zramd.opener import Opener
 from zramd.store import PAGE
 from zramd.store.arena import Arena
 from zramd.store.pages import Pages
+from zramd.store.recovery import recover
 from zramd.store.zcomp import Algorithm, Comp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +66,8 @@ def main() -> None:
     print(f"corpus: {len(corpus) // MIB} MiB: {shares}")
     results = {}
     for measure in (
-        *(measure_store, measure_overhead, measure_reset, measure_idle, measure_servers),
+        *(measure_store, measure_overhead, measure_reset, measure_recovery),
+        *(measure_idle, measure_servers),
     ):
         for name, target, ratios in measure(corpus, rounds, seconds):
             results[name] = {"target": target, "ratios": ratios}
@@ -402,6 +410,106 @@ def empty_reset(one: int, other: int) -> float:
     return statistics.median(ones) / statistics.median(others)
 
 
+# Recovery
+
+
+class Careless(Pages):
+    """A store that cannot be recovered: it publishes many words at once."""
+
+    def _store_locked(self, start: int, olds: list[int], news: list[int]) -> None:
+        self.arena.table[start : start + len(news)] = memoryview(array("Q", news))
+
+
+def measure_recovery(
+    corpus: bytes, rounds: int, _seconds: int
+) -> Iterator[tuple[str, str, list[float]]]:
+    for size, name in ((PAGE, "4 KiB"), (REQUEST, "128 KiB")):
+        yield (
+            f"a write of {name}, recoverable / not",
+            "<= 1.05",
+            [
+                write_time(Pages, corpus, size) / write_time(Careless, corpus, size)
+                for _ in range(rounds)
+            ],
+        )
+    stored = 1 << 30
+    arena = Arena(stored, "lz4")
+    pages = Pages(arena, Comp(Algorithm("lz4")))
+    for at in range(0, stored, MIB):
+        from_ = at % (len(corpus) - MIB)
+        pages.write(at, corpus[from_ : from_ + MIB])
+
+    def speed() -> float:
+        adopted = Arena.adopt(arena.fd)
+        started = time.perf_counter()
+        recovered, _ = recover(adopted, pages.comp)
+        seconds = time.perf_counter() - started
+        recovered.pool.close()
+        adopted.close()
+        return stored / (1 << 30) / seconds
+
+    yield "recovery of 1 GiB stored, GiB a second", ">= 2", [speed() for _ in range(rounds)]
+    pages.close()
+    yield (
+        "seconds from kill -9 until the next worker answers, 1 GiB stored",
+        "<= 1",
+        pauses(corpus, rounds),
+    )
+
+
+def write_time(store: type[Pages], corpus: bytes, size: int) -> float:
+    """Seconds of overwriting 32 MiB in pieces of `size`."""
+    arena = Arena(64 * MIB, "lz4")
+    pages = store(arena, Comp(Algorithm("lz4")))
+    view = memoryview(corpus)[: 32 * MIB]
+    try:
+        for at in range(0, len(view), MIB):
+            pages.write(at, view[at : at + MIB])
+        started = time.perf_counter()
+        for at in range(0, len(view), size):
+            pages.write(at, view[at : at + size])
+        return time.perf_counter() - started
+    finally:
+        pages.close()
+
+
+def pauses(corpus: bytes, rounds: int) -> list[float]:
+    """A client asks, the worker is killed, and it connects and asks again."""
+    found = []
+    size = 1 << 30
+    with tempfile.TemporaryDirectory(prefix="zramd-bench.") as name:
+        folder = Path(name, "killed")
+        with server(folder, serve(folder, size)):
+            path = folder / "bench" / "nbd.sock"
+            with connected(path) as sock:
+                for at in range(0, size, MIB):
+                    from_ = at % (len(corpus) - MIB)
+                    ask(sock, NBD_CMD_WRITE, at, MIB, corpus[from_ : from_ + MIB])
+            for _ in range(min(rounds, 4)):  # more within a minute are a crash loop
+                os.kill(int((folder / "bench" / "lock").read_text().split()[1]), signal.SIGKILL)
+                started = time.perf_counter()
+                with connected(path) as sock:
+                    ask(sock, NBD_CMD_READ, 0, PAGE)
+                found.append(time.perf_counter() - started)
+    return found
+
+
+@contextmanager
+def connected(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        negotiate(sock, "")
+        yield sock
+
+
+def ask(sock: socket.socket, command: int, offset: int, length: int, data: bytes = b"") -> None:
+    sock.sendall(pack_request(command, bytes(8), offset, length) + data)
+    reply = sock.recv(SIMPLE_REPLY.size, socket.MSG_WAITALL)
+    assert SIMPLE_REPLY.unpack(reply)[1] == 0
+    if command == NBD_CMD_READ:
+        sock.recv(length, socket.MSG_WAITALL)
+
+
 # Servers
 
 
@@ -414,12 +522,17 @@ def measure_idle(
         with tempfile.TemporaryDirectory(prefix="zramd-bench.") as name:
             folder = Path(name, "idle")
             with server(folder, [*serve(folder, 1 << 30), "--for", "mount"]):
-                pid = int((folder / "bench" / "lock").read_text())
+                processes = (folder / "bench" / "lock").read_text().split()
                 time.sleep(1)  # the socket is there before all is faulted in
-                status = Path(f"/proc/{pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+                supervisor, worker = (
+                    Path(f"/proc/{process}/smaps_rollup").read_text() for process in processes
+                )
+        return (field(worker, "Rss") + field(supervisor, "Private_Dirty")) / 1024
 
-    what = "MiB resident of an idle `zramd serve`, hardened, with an empty 1 GiB device"
+    def field(status: str, name: str) -> int:
+        return int(status.split(f"{name}:")[1].split()[0])
+
+    what = "MiB resident of an idle `zramd serve`, its supervisor too, hardened, empty 1 GiB device"
     yield what, "<= 60", [resident() for _ in range(rounds)]
 
 
@@ -482,11 +595,11 @@ def serve(folder: Path, size: int) -> list[str]:
 def server(folder: Path, command: list[str]) -> Iterator[str]:
     """Run one server pinned to the first CPU; gives its URI."""
     folder.mkdir()
-    socket = folder / "bench" / "nbd.sock"
+    path = folder / "bench" / "nbd.sock"
     environment = os.environ | {"ZRAMD_RUNTIME_DIR": str(folder), "VIRTUAL_ENV": sys.prefix}
     if Path(command[0]).name == "nbdkit":
-        socket = folder / "socket"
-        command = [command[0], "-f", "-U", str(socket), *command[1:]]
+        path = folder / "socket"
+        command = [command[0], "-f", "-U", str(path), *command[1:]]
     log = (folder / "log").open("wb")
     process = subprocess.Popen(
         ["taskset", "-c", str(min(os.sched_getaffinity(0))), *command],
@@ -494,8 +607,8 @@ def server(folder: Path, command: list[str]) -> Iterator[str]:
         stderr=log,
     )
     try:
-        wait_until(socket.exists, process)
-        yield f"nbd+unix:///?socket={socket}"
+        wait_until(path.exists, process)
+        yield f"nbd+unix:///?socket={path}"
     finally:
         process.terminate()
         process.wait()

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -206,6 +206,22 @@ def test_a_server_whose_end_is_cancelled_at_any_await_ends_at_the_next_try(comma
     assert cut_at_each_await(run) >= 1
 
 
+class Alone:
+    """The link of a worker without a supervisor."""
+
+    kept: ClassVar[dict[str, int]] = {}
+    takes_over = False
+
+    def keep(self, name: str, descriptor: int, *, lock: bool = False) -> None:
+        os.fstat(descriptor)
+
+    def ready(self) -> None:
+        pass
+
+    def ending(self) -> None:
+        pass
+
+
 def test_a_service_that_is_cancelled_at_any_await_leaves_nothing(monkeypatch):
     """From its start, with a client that has a request under way, to its end by SIGTERM."""
 
@@ -217,7 +233,7 @@ def test_a_service_that_is_cancelled_at_any_await_leaves_nothing(monkeypatch):
 
             async def serve() -> None:
                 config = Config(disksize=zram.disksize)
-                serving = worker._serve(zram, mine.paths, config, False)
+                serving = worker._serve(zram, mine.paths, config, Alone(), (), False, lambda: None)
                 service = asyncio.ensure_future(cutting(serving))
                 while not service.done() and not mine.paths.control_socket.exists():
                     await asyncio.sleep(0.001)

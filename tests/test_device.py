@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from zramd import device, gate
 from zramd import opener as opener_module
 from zramd.device import READABLE, WRITABLE, Zram
 from zramd.errors import (
+    BadArena,
     BadValue,
     Corrupt,
     DeviceBusy,
@@ -39,7 +41,7 @@ from zramd.errors import (
 )
 from zramd.opener import IoCounts, Opener
 from zramd.store import PAGE, compaction, table
-from zramd.store.arena import SPAN
+from zramd.store.arena import SPAN, Arena
 from zramd.store.pages import Pages
 
 DEADLINE = 60
@@ -238,7 +240,7 @@ def test_a_level_is_kept_shown_and_used(zram):
     assert zram.statistics().algorithm == "zstd(level=19)"
     assert zram.get("comp_algorithm") == "lz4 lz4hc [zstd] deflate"
     zram.init(PAGE)
-    assert os.pread(zram._meta.arena.fd, 14, 48) == b"zstd(level=19)"
+    assert os.pread(zram._meta.arena.fd, 14, 64) == b"zstd(level=19)"
     assert zram._meta.comp._level == 19
 
 
@@ -1187,6 +1189,190 @@ def test_threads_that_hammer_a_device_while_it_is_reset_get_eio_or_right_data(zr
 
 
 # Any history, against a bytearray
+
+
+# Arenas that outlive their process
+
+
+class Keeper:
+    """What a supervisor is to a device: it holds the arena's descriptor."""
+
+    def __init__(self, zram: Zram) -> None:
+        self.fd = -1
+        self.told: list[bool] = []
+        zram.on_arena = self.on_arena
+
+    def on_arena(self, fd: int | None) -> None:
+        self.told.append(fd is not None)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1 if fd is None else os.dup(fd)
+
+
+def used_device(zram: Zram) -> None:
+    """With figures in every counter."""
+    zram.set("comp_algorithm", "zstd")
+    zram.set("algorithm_params", "level=7")
+    zram.set("mem_limit", "8M")
+    zram.init(16 << 20)
+    opener = zram.open("test")
+    opener.write(0, b"".join(map(noise, range(100))) + contents.text(1) + contents.filled(7))
+    for slot in range(1, 100, 2):
+        opener.discard(slot * PAGE, PAGE)
+    opener.write(16 * PAGE, contents.text(2))
+    zram.compact()
+    with pytest.raises(OutOfRange):
+        opener.read(1 << 40, 1)
+    with pytest.raises(StoreFull):
+        opener.write(2 << 20, b"".join(map(noise, range(3000))))
+    meta = zram._meta
+    assert meta is not None
+    word = meta.arena.table[0]
+    meta.arena.table[0] = table.LOST
+    with pytest.raises(Corrupt):
+        opener.read(0, PAGE)
+    meta.arena.table[0] = word
+    opener.close()
+
+
+def test_an_adopted_device_is_the_one_that_was(zram):
+    keeper = Keeper(zram)
+    used_device(zram)
+    assert keeper.told == [True]
+    before, content = zram.statistics(), zram._meta.read(0, 16 << 20)
+    assert min(before.failed_reads, before.failed_writes, before.invalid_io) == 1
+    assert min(before.notify_free, before.pages_compacted, before.huge_pages_since) > 0
+    heir = Zram("zram7")
+    told = []
+    heir.on_arena = told.append
+    assert heir.adopt(os.dup(keeper.fd)) == []
+    after = heir.statistics()
+    assert after == replace(before, mem_used_total=after.mem_used_total)
+    assert after.mem_used_total <= before.mem_used_total
+    for attribute in READABLE:
+        if attribute != "mm_stat":
+            assert heir.get(attribute) == zram.get(attribute)
+    opener = heir.open("test")
+    assert opener.read(0, 16 << 20) == content
+    opener.discard(0, PAGE)
+    assert heir.statistics().notify_free == before.notify_free + 1
+    audit(heir._meta, snug=False)
+    with pytest.raises(DeviceBusy, match="initialised already"):
+        heir.adopt(keeper.fd)
+    assert told == []
+    heir.reset(force=True)
+    assert told == [None]
+    assert heir.statistics().notify_free == 0
+    zram.reset(force=True)
+    assert keeper.told == [True, False]
+    assert open_files() == []
+
+
+def test_limits_and_a_lowered_peak_outlive_the_process(zram):
+    keeper = Keeper(zram)
+    zram.set("mem_limit", "8M")
+    zram.init(16 << 20)
+    opener = zram.open("test")
+    opener.write(0, noise(1) * 500)
+    opener.discard(0, 400 * PAGE)
+    opener.close()
+    zram.set("mem_limit", "5M")
+    zram.set("mem_used_max", "0")
+    heir = Zram("zram7")
+    heir.adopt(os.dup(keeper.fd))
+    assert heir.get("mem_limit") == str(5 << 20)
+    assert heir.get("mem_used_max") == zram.get("mem_used_max")
+    heir.set("mem_limit", "0")
+    heir.close()
+    heir.adopt(os.dup(keeper.fd))
+    assert heir.get("mem_limit") == "0"
+    heir.close()
+
+
+def test_a_reserve_is_one_again_with_the_limit_that_it_was_made_with(zram):
+    keeper = Keeper(zram)
+    zram.set("prealloc", "1")
+    zram.set("mem_limit", "8M")
+    zram.init(64 << 20)
+    zram.open("test").write(0, noise(1) * 100)
+    zram.set("mem_limit", "6M")
+    before = zram.statistics()
+    heir = Zram("zram7")
+    assert heir.adopt(os.dup(keeper.fd)) == []
+    after = heir.statistics()
+    assert (after.mem_reserved, after.mem_limit) == (before.mem_reserved, 6 << 20)
+    assert heir.get("prealloc") == "1"
+    with pytest.raises(BadValue, match="8M preallocated"):
+        heir.set("mem_limit", "9M")
+    heir.set("mem_limit", "8M")
+    assert heir.open("test").read(0, 100 * PAGE) == noise(1) * 100
+    audit(heir._meta)
+    heir.close()
+
+
+def test_an_adopted_device_reports_what_is_lost_and_counts_reads_of_it(zram):
+    keeper = Keeper(zram)
+    zram.init(1 << 20)
+    opener = zram.open("test")
+    opener.write(0, noise(1) * 9)
+    zram._meta.arena.table[4] ^= 0x80
+    heir = Zram("zram7")
+    assert heir.adopt(os.dup(keeper.fd)) == [4]
+    opener = heir.open("test")
+    with pytest.raises(Corrupt):
+        opener.read(0, 9 * PAGE)
+    with pytest.raises(Corrupt):
+        opener.write(4 * PAGE + 1, b"x")
+    now = heir.statistics()
+    assert (now.failed_reads, now.failed_writes) == (1, 1)
+    opener.write(4 * PAGE, noise(1))
+    assert opener.read(0, 9 * PAGE) == noise(1) * 9
+    heir.close()
+
+
+def test_what_cannot_be_adopted_leaves_the_device_as_it_was_and_the_callers_descriptor(zram):
+    zram.set("comp_algorithm", "zstd")
+    fd = os.memfd_create("nothing")
+    with pytest.raises(BadArena):
+        zram.adopt(fd)
+    os.fstat(fd)
+    os.close(fd)
+    unknown = Arena(PAGE, "snappy")
+    with pytest.raises(BadValue, match="no algorithm 'snappy'"):
+        zram.adopt(unknown.fd)
+    os.fstat(unknown.fd)
+    unknown.close()
+    assert open_files() == []
+    assert (zram.disksize, zram.get("comp_algorithm")) == (0, "lz4 lz4hc [zstd] deflate")
+    with pytest.raises(NotInitialised):
+        zram.open("test")
+    zram.init(PAGE)
+
+
+def test_the_keeper_is_told_before_anybody_can_write_and_after_all_is_freed(zram):
+    seen = []
+
+    def on_arena(fd: int | None) -> None:
+        assert fd is None or os.pread(fd, 5, 0) == b"zramd"
+        seen.append((zram._meta, zram._gate.init_done, len(open_files())))
+
+    zram.on_arena = on_arena
+    zram.reset()
+    zram.init(PAGE)
+    zram.reset()
+    assert seen == [(None, False, 2), (None, False, 0)]
+
+
+def test_an_init_whose_keeper_refuses_leaves_the_device_as_it_was(zram):
+    def refuse(fd: int | None) -> None:
+        raise OSError("nobody is there")
+
+    zram.on_arena = refuse
+    with pytest.raises(OSError, match="nobody is there"):
+        zram.init(PAGE)
+    assert (zram.disksize, zram._meta, open_files()) == (0, None, [])
+    zram.on_arena = lambda fd: None
+    zram.init(PAGE)
 
 
 class DeviceAgainstBytearray(RuleBasedStateMachine):

@@ -17,7 +17,7 @@ LAYERS = [
     {"zramd.opener"},
     {"zramd.gate"},
     {"zramd.store"},
-    {"zramd.statistics", "zramd.sizes", "zramd.heap"},
+    {"zramd.statistics", "zramd.sizes", "zramd.heap", "zramd.without_ssl"},
     {"zramd.errors"},
     {"zramd"},
 ]

@@ -156,13 +156,13 @@ def test_a_reset_server_gives_the_memory_back_when_its_connections_have_ended(ki
     share, data = 112 * MIB, mixture()
     paths = Paths("zram0")
     address = UnixAddress(paths.nbd_socket)
-    with served(kind, "zram0", "1G") as server, Control(paths.control_socket) as control:
+    with served(kind, "zram0", "1G"), Control(paths.control_socket) as control:
         with RawClient(address) as client:
             write_all(client.write, data, 0, 4 * MIB, 128 << 10)
             client.read(0, 4 * MIB)
             control.reset(force=True)
             assert client.ended()
-        before, _ = of_process(server.pid)
+        before, _ = of_process(paths.worker())
 
         control.set("disksize", "8G")
         clients = [RawClient(address) for _ in range(4)]
@@ -175,9 +175,9 @@ def test_a_reset_server_gives_the_memory_back_when_its_connections_have_ended(ki
         with ThreadPoolExecutor() as users:
             list(users.map(use, range(len(clients))))
         stored = control.statistics().mem_used_total
-        full, _ = of_process(server.pid)
+        full, _ = of_process(paths.worker())
         control.reset(force=True)
-        reset, arenas = of_process(server.pid)
+        reset, arenas = of_process(paths.worker())
         assert arenas == []
         assert stored > 2 * share
         assert full - reset > 2 * share, "a reset that has returned has freed the device's memory"
@@ -186,6 +186,6 @@ def test_a_reset_server_gives_the_memory_back_when_its_connections_have_ended(ki
             client.sock.close()
 
         deadline = time.monotonic() + DEADLINE_S
-        while (left := of_process(server.pid)[0] - before) > SLACK:
+        while (left := of_process(paths.worker())[0] - before) > SLACK:
             assert time.monotonic() < deadline, f"{left / MIB} MiB are left"
             time.sleep(0.1)

@@ -235,7 +235,10 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
         zramd.device,
         "Arena",
         lambda size, *_, **__: SimpleNamespace(
-            used=0, used_max=0, reserved=0, slots=size // PAGE, close=int
+            **dict.fromkeys(("used", "used_max", "reserved", "fd"), 0),
+            figures=memoryview(bytes(64)).cast("Q"),
+            slots=size // PAGE,
+            close=int,
         ),
     )
 

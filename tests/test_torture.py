@@ -637,7 +637,8 @@ def served(*command: str) -> Iterator[tuple[int, Callable[[], Control], Path]]:
             )
         try:
             _wait_for_control(server, directory / "control")
-            yield server.pid, lambda: Control(directory / "control"), directory / "nbd.sock"
+            worker = int((directory / "lock").read_text().split()[-1])
+            yield worker, lambda: Control(directory / "control"), directory / "nbd.sock"
             assert server.poll() is None
             said = log.read_text()
             assert not re.search("Traceback|unexpected|unforeseen", said), said[-5000:]

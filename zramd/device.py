@@ -6,7 +6,11 @@ gives.
 Init (`init`, what writing disksize does), under init_lock:
 1. Initialised already: DeviceBusy, before anything is allocated. Zero or senseless: BadValue.
 2. Build meta (arena, table, pool, comp) aside. A failure leaves the device as it was.
-3. Publish it; then, last, open the gate.
+3. Tell who keeps arenas (`on_arena`): what is written from now on can be adopted after a crash.
+4. Publish it; then, last, open the gate.
+
+Adopt (`adopt`) is an init of which move 2 takes an arena whose process was killed, with all that
+the arena says of its device, and without move 3: who keeps it has it.
 
 Reset (`reset`), one at a time:
 1. Claim. Open, or being reset: DeviceBusy naming who is in the way, nothing changed. With force, go
@@ -15,8 +19,9 @@ Reset (`reset`), one at a time:
 3. Drain: wait for the requests inside, each once. Interrupted, open the gate again: nothing is lost
    yet. Then close the openers for good: the gate will open again, for a generation that is not
    theirs.
-4. Free meta and comp; clear limits, parameters and statistics. A re-init waits on init_lock
-   meanwhile, so two tables never exist at once.
+4. Free meta and comp; clear limits, parameters and statistics; tell who keeps arenas to drop his,
+   which is what frees the memory then. A re-init waits on init_lock meanwhile, so two tables never
+   exist at once. Killed before he is told, the reset has not been.
 5. Drop init_lock and tell the outside world (`on_reset`): connections end. The claim still stands:
    whoever has opened the device by now is of the generation that has ended.
 6. Drop the claim.
@@ -41,6 +46,7 @@ from zramd.statistics import Statistics
 from zramd.store import PAGE
 from zramd.store.arena import Arena, default_mem_limit
 from zramd.store.pages import Counters, Pages
+from zramd.store.recovery import recover
 from zramd.store.zcomp import NAMES, Algorithm, Comp
 
 DEFAULT_ALGORITHM: Final = Algorithm("lz4")
@@ -55,6 +61,11 @@ class Zram:
         self.on_reset: list[Callable[[], None]] = []
         """Called by a reset that has closed openers when all is freed, in its thread, before anyone
         can open the device again. They must not block, and not call the device."""
+        self.on_arena: Callable[[int | None], None] = _keep_nothing
+        """Called by `init` with the descriptor of the new arena, to be duplicated by whoever wants
+        it to outlive this process, and by a reset with None, when the arena is freed. It must not
+        call the device. What it raises in `init` ends that, the device as it was; in a reset it
+        must not raise."""
         self._gate = Gate()
         self._reset_lock = threading.Lock()  # held by the one who resets
         self._init_lock = threading.Lock()  # protects initialisation: meta, algorithm, limit
@@ -80,11 +91,7 @@ class Zram:
         Raises DeviceBusy, BadValue, NoMemory; the device is then as it was before.
         """
         with self._init_lock:
-            if self._meta is not None:
-                raise DeviceBusy(
-                    f"{self.name} is initialised already, with a disksize of {self.disksize}",
-                    hint=f"to change it, reset the device first: zramd reset {self.name}",
-                )
+            self._must_be_new()
             if disksize <= 0:
                 raise BadValue(
                     f"a disksize of {disksize} is senseless", hint="give it a size such as 1G"
@@ -98,15 +105,59 @@ class Zram:
                 arena = Arena(disksize, str(self._algorithm), limit=limit, reserve=self._prealloc)
                 try:
                     meta = Pages(arena, comp)
+                    self.on_arena(arena.fd)
                 except BaseException:
                     arena.close()
                     raise
             except MemoryError as error:
                 raise NoMemory(f"no memory for a device of {sizes.human(disksize)}") from error
-            meta.checkpoint = partial(_must_be_open, self._gate)
-            self._meta, self._disksize, self._mem_limit = meta, disksize, limit
+            self._disksize, self._mem_limit = disksize, limit
             self._reserved_limit = limit if self._prealloc else 0
-            self._gate.open()
+            self._publish_locked(meta)
+
+    def adopt(self, fd: int) -> list[int]:
+        """Go on with the arena that `fd` is open on, whose process was killed: content, disksize,
+        algorithm, limits and statistics are its own. Nobody else may use it.
+
+        Returns the slots whose content was damaged, ascending: their pages read as Corrupt until
+        they are overwritten as a whole or discarded. None, where the memory is intact. From then on
+        the descriptor is the device's, which closes it.
+
+        Raises DeviceBusy, BadArena, NoMemory, and BadValue for an algorithm that is not known here.
+        Device and arena are then as they were before, and the descriptor is the caller's.
+        """
+        with self._init_lock:
+            self._must_be_new()
+            try:
+                arena = Arena.adopt(fd)
+                try:
+                    algorithm = Algorithm.parse(arena.header.algorithm)
+                    meta, lost = recover(arena, Comp(algorithm))
+                except BaseException:
+                    arena.close()
+                    raise
+            except MemoryError as error:
+                raise NoMemory("no memory to recover a device") from error
+            self._algorithm = algorithm
+            self._disksize, self._mem_limit = arena.header.disksize, arena.limit
+            self._reserved_limit = arena.header.reserved_limit
+            self._prealloc = arena.reserved > 0
+            self._publish_locked(meta)
+            os.close(fd)  # the arena has its own
+            return lost
+
+    def _must_be_new(self) -> None:
+        if self._meta is not None:
+            raise DeviceBusy(
+                f"{self.name} is initialised already, with a disksize of {self.disksize}",
+                hint=f"to change it, reset the device first: zramd reset {self.name}",
+            )
+
+    def _publish_locked(self, meta: Pages) -> None:
+        meta.checkpoint = partial(_must_be_open, self._gate)
+        self._io = IoCounts.kept_in(meta.arena.figures)
+        self._meta = meta
+        self._gate.open()
 
     def reset(self, *, force: bool = False) -> None:
         """Back to the state before init: no content, no limit, the default algorithm.
@@ -150,6 +201,7 @@ class Zram:
         if meta is not None:
             meta.close()
             heap.trim()
+            self.on_arena(None)
         return closed
 
     def _claim(self, force: bool) -> None:
@@ -416,6 +468,10 @@ def _writable(attribute: str) -> Callable[[Zram, str], None]:
         problem = "is read-only" if attribute in _GETTERS else "is not an attribute"
         raise BadValue(f"{attribute!r} {problem}", hint=f"set one of {', '.join(WRITABLE)}")
     return _SETTERS[attribute]
+
+
+def _keep_nothing(_fd: int | None) -> None:
+    """No arena outlives this process."""
 
 
 def _must_be_open(gate: Gate) -> None:

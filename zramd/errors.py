@@ -116,7 +116,7 @@ class OutOfRange(ZramdError):
 
 
 class Corrupt(ZramdError):
-    """A stored page does not decompress to 4096 bytes."""
+    """A stored page does not decompress to 4096 bytes, or a recovery has found it lost."""
 
     slug = "corrupt"
     exit_code = 35
@@ -128,6 +128,14 @@ class NotSupported(ZramdError):
     slug = "not-supported"
     exit_code = 36
     errno = _errno.EOPNOTSUPP
+
+
+class BadArena(ZramdError):
+    """The arena that was handed over is none of zramd's, of another version, or damaged."""
+
+    slug = "bad-arena"
+    exit_code = 37
+    errno = _errno.EINVAL
 
 
 class NeedsRoot(ZramdError):

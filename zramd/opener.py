@@ -20,19 +20,32 @@ from itertools import islice
 
 from zramd.errors import Corrupt, NotInitialised, OutOfRange, StoreFull
 from zramd.gate import Gate
+from zramd.store.header import FAILED_READS, FAILED_WRITES, INVALID_IO, NOTIFY_FREE, figure
 from zramd.store.pages import Pages
 from zramd.store.zcomp import Buffer
 
 
 @dataclass(slots=True)
 class IoCounts:
-    """The four counters of io_stat, of one initialisation."""
+    """The four counters of io_stat, of one initialisation, kept in its arena's figures as well."""
 
     failed_reads: int = 0
     failed_writes: int = 0
     invalid_io: int = 0
     notify_free: int = 0
+    _figures: memoryview | None = field(default=None, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @classmethod
+    def kept_in(cls, figures: memoryview) -> "IoCounts":
+        """Those that stand there; `add` is called no more when the arena is closed."""
+        return cls(
+            figure(figures, FAILED_READS),
+            figure(figures, FAILED_WRITES),
+            figure(figures, INVALID_IO),
+            figure(figures, NOTIFY_FREE),
+            figures,
+        )
 
     def add(
         self,
@@ -47,6 +60,12 @@ class IoCounts:
             self.failed_writes += failed_writes
             self.invalid_io += invalid_io
             self.notify_free += notify_free
+            figures = self._figures
+            if figures is not None:
+                figures[FAILED_READS] = self.failed_reads
+                figures[FAILED_WRITES] = self.failed_writes
+                figures[INVALID_IO] = self.invalid_io
+                figures[NOTIFY_FREE] = self.notify_free
 
 
 class Opener:

@@ -102,14 +102,18 @@ class Zramd:
         assert len(client.recv(10, socket.MSG_WAITALL)) == 10
         return client
 
+    def worker(self, name: str) -> int:
+        """The process that does the I/O of `name`."""
+        return int((self.runtime / name / "lock").read_text().split()[-1])
+
     def kill(self, name: str) -> None:
         """SIGKILL the server of `name`, whoever started it."""
-        process = int((self.runtime / name / "lock").read_text())
-        os.kill(process, signal.SIGKILL)
+        processes = [int(line) for line in (self.runtime / name / "lock").read_text().split()]
+        os.kill(processes[0], signal.SIGKILL)  # its worker dies with it
         for server in self._servers:
-            if server.pid == process:
+            if server.pid == processes[0]:
                 server.wait(DEADLINE_S)
-        wait_for(lambda: not alive(process))
+        wait_for(lambda: not any(map(alive, processes)))
 
     def close(self) -> None:
         """End what still runs; a device that `zramd down` cannot clear is a failure."""

@@ -161,15 +161,16 @@ def test_a_dead_attachment_is_a_problem_and_its_node_is_not_opened(zramd):
 def test_a_server_that_is_stopped_is_a_problem_and_not_waited_for_long(zramd, monkeypatch, capsys):
     monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(zramd.runtime))
     monkeypatch.setattr("zramd.control.client.ANSWER_S", 0.05)
-    server = zramd.serve("zram0")
-    server.send_signal(signal.SIGSTOP)
+    zramd.serve("zram0")
+    worker = zramd.worker("zram0")
+    os.kill(worker, signal.SIGSTOP)
     try:
         with pytest.raises(SystemExit) as ended:
             main(["doctor", "--json"])
         told = checks(capsys.readouterr().out)
     finally:
-        server.send_signal(signal.SIGCONT)
-    assert f"process {server.pid}" in of("zram0", told)["server"]["advice"]
+        os.kill(worker, signal.SIGCONT)
+    assert f"process {worker}" in of("zram0", told)["server"]["advice"]
     assert ended.value.code == first_problem(told) != 0
     wait_for(lambda: zramd.devices()["zram0"]["state"] == "serving")
 

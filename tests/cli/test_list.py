@@ -138,12 +138,13 @@ def test_a_dead_server_is_a_state_and_the_others_are_still_listed(zramd):
 def test_a_server_that_is_stopped_is_a_state_too(zramd, monkeypatch):
     monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(zramd.runtime))
     monkeypatch.setattr("zramd.control.client.ANSWER_S", 0.05)
-    server = zramd.serve("zram0")
-    server.send_signal(signal.SIGSTOP)
+    zramd.serve("zram0")
+    worker = zramd.worker("zram0")
+    os.kill(worker, signal.SIGSTOP)
     try:
         assert Device.look("zram0") == Device("zram0", "silent", None, None)
     finally:
-        server.send_signal(signal.SIGCONT)
+        os.kill(worker, signal.SIGCONT)
 
 
 def test_a_device_without_disksize_is_idle(zramd):

@@ -75,7 +75,7 @@ def logged(zramd, tmp_path):
 
 
 def server_of(zramd, name: str) -> int:
-    return int((zramd.runtime / name / "lock").read_text())
+    return int((zramd.runtime / name / "lock").read_text().split()[0])
 
 
 def nothing_stands(zramd) -> None:
@@ -529,15 +529,16 @@ def test_a_mount_outlives_its_servers_being_told_to_end_and_down_ends_both(
 def test_down_leaves_a_server_that_does_not_answer_as_it_is(zramd, monkeypatch, capsys):
     monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(zramd.runtime))
     monkeypatch.setattr("zramd.control.client.ANSWER_S", 0.05)
-    server = zramd.serve("zram0")
-    server.send_signal(signal.SIGSTOP)
+    zramd.serve("zram0")
+    worker = zramd.worker("zram0")
+    os.kill(worker, signal.SIGSTOP)
     try:
         with pytest.raises(SystemExit) as ended:
             main(["down", "zram0"])
         assert ended.value.code == 22
         assert "does not answer" in capsys.readouterr().err
     finally:
-        server.send_signal(signal.SIGCONT)
+        os.kill(worker, signal.SIGCONT)
     assert zramd.devices()["zram0"]["state"] == "serving"
 
 

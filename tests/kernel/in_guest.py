@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel import servers
+from tests.kernel import killing, servers
 from tests.kernel.killing import killed_at_each_line
 from tests.kernel.servers import zramd
 from tests.kernel.trees import contents, copy_tree
@@ -390,8 +390,8 @@ def test_reset_is_refused_while_swapped_on_and_the_pages_stay(device: Device) ->
 
 
 def test_a_server_for_swap_is_hardened_in_all_its_threads_and_up_swaps_on_it() -> None:
-    with servers.served(SERVER, "g1", "64M", use="swap") as server:
-        process = Path("/proc", str(server.pid))
+    with servers.served(SERVER, "g1", "64M", use="swap"):
+        process = Path("/proc", str(Paths("g1").worker()))
         assert hardening.lacking(process) == []
         min_free = Path("/proc/sys/vm/min_free_kbytes")
         min_free.write_text("512")
@@ -750,3 +750,222 @@ def test_up_and_down_with_swap() -> None:
     assert "/dev/nbd0" in Path("/proc/swaps").read_text()
     zramd("down", "g0")
     assert nothing_is_left()
+
+
+class Replaceable:
+    """The device g0 of 64 MiB, attached; its server can be killed, and another put in its place."""
+
+    def __init__(self) -> None:
+        self.name = "g0"
+        self.socket = Paths(self.name).nbd_socket
+        self.socket.parent.mkdir(mode=0o700, parents=True)
+        descriptor, self.pages = tempfile.mkstemp()
+        os.truncate(descriptor, 64 * MIB)
+        os.close(descriptor)
+        self.server = self.start()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.socket.unlink(missing_ok=True)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.kernel.page_server", str(self.socket), self.pages]
+        )
+        servers.wait_for(self.socket.exists, "the server")
+        return server
+
+    def attach(self) -> str:
+        return attach.attach(self.name, self.socket).node
+
+    def kill(self, node: str, *, holding: bool = False) -> None:
+        """Kill the server; `holding` requests that it has not answered."""
+        if holding:
+            self.server.send_signal(signal.SIGSTOP)
+            servers.wait_for(lambda: inflight(node) != ["0", "0"], "requests under way")
+        servers.kill(self.server)
+        assert not nbd.alive(node)
+
+    def replace(self, node: str) -> None:
+        self.server = self.start()
+        assert attach.reconnect(self.name, self.socket) == attach.Attachment("g0", node, "nbd")
+        assert nbd.alive(node)
+        assert attach.reconnect(self.name, self.socket) is None
+
+
+@pytest.fixture
+def replaceable() -> Iterator[Replaceable]:
+    device = Replaceable()
+    try:
+        yield device
+    finally:
+        done = zramd("down", device.name, status=None)
+        servers.kill(device.server)
+        if done.returncode != 0:
+            zramd("down", device.name, status=None)
+        os.unlink(device.pages)
+    assert nothing_is_left()
+
+
+def start_reader(node: str) -> subprocess.Popen[str]:
+    """A process that reads a page of the node, past the cache."""
+    return subprocess.Popen(
+        ["dd", f"if={node}", "of=/dev/null", "iflag=direct", "bs=4096", "count=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def kernels_log() -> str:
+    return subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_mount_goes_on_with_the_successor_of_a_killed_server(
+    replaceable: Replaceable, directory: Path
+) -> None:
+    node = replaceable.attach()
+    use.mount(node, directory, "ext4")
+    content = os.urandom(8 * MIB)
+    (directory / "before").write_bytes(content)
+    os.sync()
+    subprocess.run(["dmesg", "-C"], check=True)
+    writer = servers.start_writer(directory)
+    for _ in range(2):
+        servers.wait_for((directory / "3").exists, "the writer to get going")
+        reader = start_reader(node)
+        replaceable.kill(node, holding=True)
+        waiting = start_reader(node)
+        replaceable.replace(node)
+        for process in (reader, waiting):
+            status, said = servers.end_of(process)
+            assert status == 0, said
+        written = (directory / "3").stat().st_mtime_ns
+        servers.wait_for(
+            lambda then=written: (directory / "3").stat().st_mtime_ns != then,
+            "the writer to go on",
+        )
+        assert writer.poll() is None, writer.communicate()[0]
+    writer.kill()
+    writer.wait()
+    forget_cached()
+    assert (directory / "before").read_bytes() == content
+    assert not re.search("I/O error|EXT4-fs", kernels_log()), kernels_log()
+    use.release(node)
+    subprocess.run(["e2fsck", "-f", "-n", node], check=True)
+    zramd("detach", replaceable.name)
+    assert queue(node, "queue/io_timeout") == 30_000
+
+
+def test_swap_goes_on_with_the_successor_of_a_killed_server(replaceable: Replaceable) -> None:
+    node = replaceable.attach()
+    use.swapon(node)
+    expected = random.Random(6).randbytes(8 * MIB)
+    memory = swapped_out(6)
+    for _ in range(2):
+        replaceable.server.send_signal(signal.SIGSTOP)
+        owner = os.fork()
+        if owner == 0:
+            faulthandler.disable()  # pytest's would write into the results
+            os._exit(memory[:] != expected)
+        replaceable.kill(node, holding=True)
+        replaceable.replace(node)
+        assert os.waitpid(owner, 0)[1] == 0
+        assert memory[:] == expected
+        page_out(memory)
+    use.release(node)
+    assert memory[:] == expected
+    memory.close()
+
+
+def test_a_slow_server_keeps_its_connection(replaceable: Replaceable) -> None:
+    node = replaceable.attach()
+    assert state.answers(node)
+    replaceable.server.send_signal(signal.SIGSTOP)
+    reader = start_reader(node)
+    servers.wait_for(lambda: inflight(node) != ["0", "0"], "a request under way")
+    servers.wait_for(lambda: kernels_log().count("stuck request") > 2, "the kernel to look thrice")
+    assert nbd.alive(node)
+    assert attach.reconnect(replaceable.name, replaceable.socket) is None
+    replaceable.server.send_signal(signal.SIGCONT)
+    status, said = servers.end_of(reader)
+    assert status == 0, said
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_without_a_successor_detach_ends_what_waits_for_one(
+    replaceable: Replaceable, replaced: bool
+) -> None:
+    node = replaceable.attach()
+    assert state.answers(node)
+    if replaced:
+        replaceable.kill(node)
+        replaceable.replace(node)
+    replaceable.server.send_signal(signal.SIGSTOP)
+    lost = start_reader(node)
+    replaceable.kill(node, holding=True)
+    waiting = start_reader(node)
+    # What waits in nbd for a new connection is not counted as in flight.
+    servers.wait_for(lambda: sum(name.endswith("(dd)") for name in hung()) == 2, "both to wait", 20)
+    zramd("detach", replaceable.name)
+    for process in (lost, waiting):
+        status, said = servers.end_of(process, 5)
+        assert status == 1
+        assert "Input/output error" in said
+    assert attach.attached(replaceable.name) is None
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_without_a_successor_down_ends_writers_and_the_mount(
+    replaceable: Replaceable, directory: Path, replaced: bool
+) -> None:
+    node = replaceable.attach()
+    use.mount(node, directory, "ext4")
+    if replaced:
+        replaceable.kill(node)
+        replaceable.replace(node)
+    writer = servers.start_writer(directory)
+    servers.wait_for((directory / "3").exists, "the writer to get going")
+    replaceable.kill(node, holding=True)
+    servers.wait_for(lambda: _down_succeeds(replaceable.name), "down", 20)
+    status, said = servers.end_of(writer)
+    assert status == 1
+    assert servers.FAILED_WRITE.search(said), said
+    assert nothing_is_left()
+
+
+def test_a_node_in_use_that_was_cut_does_not_come_back(
+    replaceable: Replaceable, directory: Path
+) -> None:
+    """As after a forced reset: the device may have other pages by then."""
+    node = replaceable.attach()
+    use.mount(node, directory, "ext4")
+    replaceable.kill(node)
+    nbd.cut(node)
+    replaceable.server = replaceable.start()
+    with pytest.raises(AttachFailed, match=f"{node} has been disconnected"):
+        attach.reconnect(replaceable.name, replaceable.socket)
+    assert not nbd.alive(node)
+    zramd("down", replaceable.name)
+
+
+def test_a_reconnect_killed_anywhere_leaves_what_the_next_one_makes_good(
+    replaceable: Replaceable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(killing, "_STEPS", ("reconnect", "_write_successor"))
+    node = replaceable.attach()
+    assert state.answers(node)
+
+    def end_connection() -> None:
+        replaceable.server.send_signal(signal.SIGHUP)
+        servers.wait_for(lambda: not nbd.alive(node), "the connection to end")
+
+    end_connection()
+    killed = []
+    for line in killed_at_each_line(lambda: attach.reconnect(replaceable.name, replaceable.socket)):
+        killed.append(line)
+        if nbd.alive(node):  # killed after its work was done
+            assert attach.reconnect(replaceable.name, replaceable.socket) is None
+        else:
+            assert attach.reconnect(replaceable.name, replaceable.socket) is not None
+        assert state.answers(node), f"killed at {line}"
+        end_connection()
+    assert len(killed) > 15
+    assert nbd.alive(node)

@@ -56,6 +56,11 @@ def main_pid(unit: str) -> int:
     return int(systemctl("show", "-P", "MainPID", unit))
 
 
+def worker(name: str) -> int:
+    """The process of a server that does the I/O."""
+    return int(Path(f"/run/zramd/{name}/lock").read_text().split()[1])
+
+
 class Swapped:
     """Memory that is on the swap, and nowhere else."""
 
@@ -110,10 +115,14 @@ def test_boot_brought_everything_up_and_no_unit_failed() -> None:
 
 @pytest.mark.parametrize("name", ["swap0", "files"])
 def test_a_server_runs_hardened_and_without_rights_that_it_does_not_need(name: str) -> None:
-    server = Path(f"/proc/{main_pid(f'zramd@{name}')}")
+    for server in Path("/proc", str(main_pid(f"zramd@{name}"))), Path("/proc", str(worker(name))):
+        is_hardened(server)
+
+
+def is_hardened(server: Path) -> None:
     status = dict(line.split(":\t", 1) for line in (server / "status").read_text().splitlines())
-    cap_sys_resource = 24
-    assert int(status["CapEff"], 16) == 1 << cap_sys_resource
+    cap_sys_admin, cap_sys_resource = 21, 24
+    assert int(status["CapEff"], 16) == 1 << cap_sys_resource | 1 << cap_sys_admin
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
     assert int(status["VmLck"].split()[0]) > 0
@@ -143,6 +152,24 @@ def test_a_server_refuses_to_be_stopped_and_nothing_is_touched() -> None:
     assert main_pid(SWAP[2]) == before
     assert memory.comes_back()
     assert Swapped(8 * MIB).comes_back()
+
+
+@pytest.mark.parametrize("name", ["swap0", "files"])
+def test_a_worker_that_dies_is_replaced_and_nobody_notices(name: str) -> None:
+    unit, memory = f"zramd@{name}", Swapped(8 * MIB)
+    content = random.Random(2).randbytes(4 * MIB)
+    Path("/srv/files/kept").write_bytes(content)
+    os.sync()
+    main, before = main_pid(unit), worker(name)
+    os.kill(before, signal.SIGKILL)
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    assert Path("/srv/files/kept").read_bytes() == content
+    assert memory.comes_back()
+    Path("/srv/files/kept").unlink()
+    os.sync()
+    assert (main_pid(unit), worker(name) != before) == (main, True)
+    told = subprocess.run(["dmesg"], check=True, capture_output=True, text=True).stdout
+    assert "I/O error" not in told
 
 
 @pytest.fixture
@@ -215,7 +242,7 @@ def test_a_server_that_is_told_to_end_while_in_use_serves_on_and_ends_when_that_
 
 def test_what_a_killed_server_leaves_is_cleared_and_can_be_started_again() -> None:
     server = main_pid(FILES[2])
-    os.kill(server, signal.SIGSTOP)
+    os.kill(worker("files"), signal.SIGSTOP)
     read = ["dd", "if=/dev/nbd1", "of=/dev/null", "bs=4096", "count=1", "iflag=direct"]
     waiting = subprocess.Popen(read)
     inflight = Path("/sys/block/nbd1/inflight")

@@ -53,6 +53,9 @@ class Memory:
         self._versions[number] += 1
         self._map[number * PAGE : (number + 1) * PAGE] = self._expected(number)
 
+    def close(self) -> None:
+        self._map.close()
+
     def verify(self, number: int) -> None:
         if self._map[number * PAGE : (number + 1) * PAGE] != self._expected(number):
             print(f"WRONG page {number}", flush=True)

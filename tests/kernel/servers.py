@@ -47,11 +47,13 @@ def start(
     use: str | None = None,
     mem_limit: str | None = None,
     allow_deadlock: bool = False,
+    module: str = "zramd.cli",
 ) -> subprocess.Popen[bytes]:
-    """Start the server `kind` of SERVERS in the background; returns when it serves."""
+    """Start the server `kind` of SERVERS in the background; returns when it serves. `module` is run
+    for zramd's."""
     paths = Paths(name)
     if kind == "zramd":
-        command = [sys.executable, "-m", "zramd.cli", "serve", name, f"--disksize={disksize}"]
+        command = [sys.executable, "-m", module, "serve", name, f"--disksize={disksize}"]
         command += [f"--for={use}"] if use else []
         command += [f"--mem-limit={mem_limit}"] if mem_limit else []
         command += ["--allow-deadlock"] if allow_deadlock else []
@@ -92,10 +94,21 @@ def served(
 
 
 def kill(server: subprocess.Popen[bytes]) -> None:
-    """kill -9, and wait until it is gone."""
+    """kill -9, and wait until it is gone, with its worker."""
+    workers = []
     if server.poll() is None:
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+        workers = [Path("/proc", child) for child in children.read_text().split()]
         server.send_signal(signal.SIGKILL)
     server.wait()
+    wait_for(lambda: not any(map(_lives, workers)), "its worker to die with it")
+
+
+def _lives(process: Path) -> bool:
+    try:
+        return " Z " not in (process / "stat").read_text()
+    except OSError:
+        return False
 
 
 def stored_data_size(name: str) -> int:

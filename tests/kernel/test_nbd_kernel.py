@@ -1,12 +1,14 @@
 """A real kernel's nbd against both servers, in user-mode Linux.
 
-One boot per server runs every check of in_guest.py; here each is a test of its own. A guest that
-hangs is killed at its time limit, and the checks that it did not come to fail.
+One boot per server runs every check of in_guest.py, and one those of in_killed.py, which is about
+what only `zramd serve` does; here each is a test of its own. A guest that hangs is killed at its
+time limit, and the checks that it did not come to fail.
 """
 
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,40 +20,51 @@ from tests.kernel.servers import ROOT, SERVERS
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(660)]
 
 _LIMIT_S = 600
-_IN_GUEST = Path(__file__).with_name("in_guest.py")
-_CHECKS = re.findall(r"^def (test_\w+)", _IN_GUEST.read_text(), re.MULTILINE)
-_RESULT = re.compile(r"in_guest\.py::(\w+)\S* .*?\b(PASSED|FAILED|ERROR|SKIPPED)\b")
+_CHECK_S = {"in_guest": 60, "in_killed": 280}
+_GUESTS = [("in_killed", "zramd"), *(("in_guest", server) for server in SERVERS)]
+_RESULT = re.compile(r"in_\w+\.py::(\w+)\S* .*?\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
-@pytest.fixture(scope="module", params=SERVERS)
-def guest(request: pytest.FixtureRequest) -> uml.Finished:
-    """What one boot with this server printed."""
+def _checks(module: str) -> list[str]:
+    text = Path(__file__).with_name(f"{module}.py").read_text()
+    return re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+
+
+_ALL = [(*guest, check) for guest in _GUESTS for check in _checks(guest[0])]
+
+
+@cache
+def _boot(module: str, server: str) -> uml.Finished:
+    """What the one boot of a module with a server printed."""
     for program in ("nbdkit", "nbd-client", "fio", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"):
         require.program(program)
     return uml.run(
         *(sys.executable, "-m", "pytest", "-v", "--tb=short", "--color=no"),
         *("-p", "no:cacheprovider", "-p", "no:hypothesispytest"),
-        *("-o", "timeout=60", os.fspath(_IN_GUEST.relative_to(ROOT))),
+        *("-o", f"timeout={_CHECK_S[module]}", f"tests/kernel/{module}.py"),
         limit_s=_LIMIT_S,
         environment={
             "CI": "true",  # there is no reason to skip in there
             "PYTHONPATH": os.fspath(ROOT),
             "ZRAMD_RUNTIME_DIR": "/run/z",
-            "ZRAMD_TEST_SERVER": request.param,
+            "ZRAMD_TEST_SERVER": server,
         },
         directory=ROOT,
     )
 
 
-@pytest.mark.parametrize("check", _CHECKS)
-def test_in_guest(guest: uml.Finished, check: str) -> None:
+@pytest.mark.parametrize(("module", "server", "check"), _ALL)
+def test_in_guest(module: str, server: str, check: str) -> None:
+    guest = _boot(module, server)
     results = [result for name, result in _RESULT.findall(guest.output) if name == check]
     assert results, f"the guest did not come to this check:\n{guest.output}"
     if set(results) != {"PASSED"}:
         pytest.fail(_report(guest.output, check), pytrace=False)
 
 
-def test_the_guest_came_to_its_end(guest: uml.Finished) -> None:
+@pytest.mark.parametrize(("module", "server"), _GUESTS)
+def test_the_guest_came_to_its_end(module: str, server: str) -> None:
+    guest = _boot(module, server)
     assert guest.status is not None, f"killed at its time limit, or died:\n{guest.output}"
 
 

@@ -151,6 +151,7 @@ def main() -> None:
     result.swapoff_s = time.monotonic() - began
     for number in range(_WITNESS_PAGES):
         witness.verify(number)
+    witness.close()  # there is no swap any more
     if ours:
         zramd("down", "s")
     told = run("dmesg")

@@ -34,7 +34,7 @@ def server(request: pytest.FixtureRequest, tmp_path, monkeypatch) -> Iterator[in
     require.root()
     monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(tmp_path))
     with served(request.param, "h0", "64M", use="swap", allow_deadlock=True):
-        yield int(Paths("h0").lock.read_text())
+        yield Paths("h0").worker()
 
 
 def status(pid: int, key: str) -> int:
@@ -203,7 +203,10 @@ def test_garbage_is_not_collected_once_all_stands():
 
 
 def test_a_hardened_idle_server_with_an_empty_device_of_1_gib_is_small(runtime):
-    with served("zramd", "h1", "1G", use="mount"):
-        pid = int(Paths("h1").lock.read_text())
-        assert status(pid, "VmRSS") < 60 * 1024
-        assert status(pid, "VmLck") > status(pid, "VmRSS")
+    with served("zramd", "h1", "1G", use="mount") as supervisor:
+        worker = Paths("h1").worker()
+        assert worker != supervisor.pid
+        own = Path(f"/proc/{supervisor.pid}/smaps_rollup").read_text().partition("Private_Dirty:")
+        assert status(worker, "VmRSS") + int(own[2].split()[0]) < 60 * 1024
+        for process in (worker, supervisor.pid):
+            assert status(process, "VmLck") + 64 >= status(process, "VmRSS")  # and the vdso

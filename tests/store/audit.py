@@ -2,6 +2,7 @@
 
 import os
 import struct
+import zlib
 from array import array
 
 from zramd.store import PAGE
@@ -19,10 +20,14 @@ def audit(pages: Pages, *, snug: bool = True) -> Counters:
     a hole of the mapping would fill it.
     """
     arena = pages.arena
-    magic, disksize, table_at, map_at, spans_at, spans, _ = struct.unpack(
-        "<8sQQQQQ64s", os.pread(arena.fd, 112, 0)
+    magic, crc, disksize, table_at, map_at, spans_at, spans, _, _ = struct.unpack(
+        "<8sQQQQQQQ64s", os.pread(arena.fd, 128, 0)
     )
-    assert magic == b"zramd\0\0\1"
+    assert magic == b"zramd\0\0\2"
+    assert crc == zlib.crc32(os.pread(arena.fd, 112, 16))
+    figures = struct.unpack("<8Q", os.pread(arena.fd, 64, 512))
+    counters = pages.counters
+    assert figures[:4] == (arena.limit, arena.used_max, counters.huge_since, counters.compacted)
     words = array("Q", os.pread(arena.fd, disksize // PAGE * 8, table_at))
     classes = os.pread(arena.fd, spans, map_at).rstrip(b"\0")
     found = Counters(huge_since=pages.counters.huge_since, compacted=pages.counters.compacted)
@@ -59,6 +64,7 @@ def audit(pages: Pages, *, snug: bool = True) -> Counters:
     assert used_spans == {span for span, cls in enumerate(classes) if cls}, "an empty span is kept"
     assert used_spans == set(pages.pool.spans)
     assert not pages.pool.leaving
+    assert set(pages.pool._vacant) | used_spans == set(range(pages.pool._unused))
 
     table_pages = [any(words[at : at + PAGE // 8]) for at in range(0, len(words), PAGE // 8)]
     assert [bool(page) for page in arena.table_pages.occupied] == table_pages

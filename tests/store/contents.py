@@ -10,12 +10,13 @@ from zramd.store import PAGE
 
 ZEROS = bytes(PAGE)
 INLINE_EDGE = 1 << 62
-"""Fills from -INLINE_EDGE to INLINE_EDGE - 1 fit a slot word; others need an object."""
+"""Fills from -INLINE_EDGE + 1 to INLINE_EDGE - 1 fit a slot word; others need an object."""
 
 WORDS = [
     *(1, 8, 255, 4096, (1 << 64) - 1, (1 << 64) - 2, 0x7F00_1234_5678_9AB0),
     *(INLINE_EDGE - 1, INLINE_EDGE, INLINE_EDGE + 1, (1 << 63) - 1, 1 << 63),
-    *((1 << 64) - INLINE_EDGE, (1 << 64) - INLINE_EDGE - 1, 0xDEAD_BEEF_DEAD_BEEF),
+    *((1 << 64) - INLINE_EDGE + i for i in (-1, 0, 1)),
+    0xDEAD_BEEF_DEAD_BEEF,
 ]
 _TEXT = b"the quick brown fox jumps over the lazy dog; pack my box with five dozen jugs. "
 

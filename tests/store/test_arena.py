@@ -6,6 +6,7 @@ import resource
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,11 @@ def test_a_new_arena_occupies_its_header_and_nothing_else():
 
 def test_the_header_names_the_layout_and_comes_magic_last():
     new = Arena(1000 * PAGE, "zstd(level=3)")
-    magic, disksize, table_at, map_at, spans_at, spans, name = struct.unpack(
-        "<8sQQQQQ64s", os.pread(new.fd, 112, 0)
+    magic, crc, disksize, table_at, map_at, spans_at, spans, reserved, name = struct.unpack(
+        "<8sQQQQQQQ64s", os.pread(new.fd, 128, 0)
     )
-    assert (magic, disksize, table_at) == (b"zramd\0\0\1", 1000 * PAGE, PAGE)
+    assert crc == zlib.crc32(os.pread(new.fd, 112, 16))
+    assert (magic, disksize, table_at, reserved) == (b"zramd\0\0\2", 1000 * PAGE, PAGE, 0)
     assert map_at == PAGE + 2 * PAGE  # 1000 words of 8 bytes
     assert (spans_at, spans) == (SPAN, 1000 + 4096)
     assert name.rstrip(b"\0") == b"zstd(level=3)"
@@ -44,9 +46,7 @@ def test_the_header_names_the_layout_and_comes_magic_last():
 @pytest.mark.parametrize("slots", [1, 511, 512, 513, 4096, 4097, 60000, 1 << 20])
 def test_parts_of_an_arena_do_not_overlap(slots):
     new = Arena(slots * PAGE, "lz4")
-    _, _, table_at, map_at, spans_at, spans, _ = struct.unpack(
-        "<8sQQQQQ64s", os.pread(new.fd, 112, 0)
-    )
+    table_at, map_at, spans_at, spans = struct.unpack("<QQQQ", os.pread(new.fd, 32, 24))
     table_end = table_at + len(new.table_pages.occupied) * PAGE
     map_end = map_at + len(new.map_pages.occupied) * PAGE
     assert table_at + slots * 8 <= table_end <= map_at
@@ -99,14 +99,14 @@ def test_memory_is_off_the_account_only_when_it_is_back_with_the_system(monkeypa
     new.occupy(SPAN)
     accounts = []
 
-    punch = new._punch
+    punch = new.punch
 
     def look_and_punch(offset, size):
         accounts.append(new.used)
         punch(offset, size)
 
     with monkeypatch.context() as patch:
-        patch.setattr(new, "_punch", look_and_punch)
+        patch.setattr(new, "punch", look_and_punch)
         new.vacate(new.spans_at, SPAN)
     assert accounts == [PAGE + SPAN]
     assert new.used == PAGE

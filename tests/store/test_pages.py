@@ -82,7 +82,7 @@ def test_a_repeated_word_takes_no_object_where_it_fits_63_bits_and_8_bytes_other
     pages.write(7 * PAGE, filled(fill))
     assert pages.read(7 * PAGE, PAGE) == filled(fill)
     signed = fill - (1 << 64) if fill >> 63 else fill
-    is_inline = -contents.INLINE_EDGE <= signed < contents.INLINE_EDGE
+    is_inline = -contents.INLINE_EDGE < signed < contents.INLINE_EDGE
     assert audit(pages) == Counters(pages=1, same=1, compressed_bytes=0 if is_inline else 8)
     assert bool(pages.pool.spans) != is_inline
     assert bool(word(pages, 7) & table.INLINE) == is_inline

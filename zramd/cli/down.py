@@ -1,5 +1,7 @@
 """zramd down: the reverse of up, in the reverse order; whatever of it still stands."""
 
+import os
+import signal
 import time
 
 import click
@@ -48,12 +50,14 @@ def stop(name: str, *, leave_s: float = _LEAVE_S) -> None:
     seconds, as the kernel's connection ends a moment after its node.
     """
     deadline = time.monotonic() + leave_s
+    silent = False
     while True:
         try:
             with Control(Paths(name).control_socket) as control:
                 control.stop()
         except NoServer:
-            break  # dead, or gone: its directory is all that can be left
+            silent = True
+            break  # dead, or gone, or without a worker
         except DeviceBusy as busy:
             if time.monotonic() >= deadline:
                 raise DeviceBusy(
@@ -63,10 +67,17 @@ def stop(name: str, *, leave_s: float = _LEAVE_S) -> None:
             time.sleep(0.05)
         else:
             break
+    server = Paths(name).server()
+    try:
+        claim(name).release()
+        return
+    except ServerExists:
+        if silent and server:  # it keeps the pages of a worker that died again and again
+            os.kill(server, signal.SIGTERM)
     try:
         claim(name, wait_s=_END_S).release()
     except ServerExists:
         raise ServerFailed(
             f"the server of {name} has not ended within {_END_S:.0f} seconds",
-            hint=f"try again, or kill the process whose id stands in {Paths(name).lock}",
+            hint=f"try again, or kill the process whose id stands first in {Paths(name).lock}",
         ) from None

@@ -1,15 +1,20 @@
 """zramd serve: one device in the foreground, until SIGTERM, SIGINT or `zramd down`."""
 
+import io
 import logging
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from zramd import sizes
+from zramd import sizes, without_ssl  # noqa: F401 - it is what it does that counts
 from zramd.cli.options import config_of, device_options, name_argument, talk
-from zramd.service import worker
+from zramd.kernel import attach
+from zramd.service import systemd, worker
 from zramd.service.runtime import claim
+from zramd.service.supervisor import supervise
 
 
 @click.command()
@@ -28,17 +33,29 @@ def command(name: str, file: Path | None, background: bool, **options: Any) -> N
     root, else $XDG_RUNTIME_DIR/zramd. Export names are NAME and the empty one. SIGTERM and SIGINT
     end it, and its pages with it, even while clients are connected; `zramd down` asks first.
     """
+    # Without a buffer: what cannot be written, as its reader is gone or slow, must not be kept and
+    # tried again and again, at the end too.
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
     form = "%(asctime)s %(levelname)s %(message)s" if background else "zramd: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form)
     config = config_of(file, options)
+    passed = systemd.passed_sockets()
     with claim(name) as held:  # first: who is refused has taken no memory
-        zram, missing = worker.build(name, config)
+        log = held.paths.log if background else None
+        link = supervise(held, harden=config.use is not None, log=log)
+        # From here on in each worker: the first, and those that take over from one that died.
+        zram, missing = worker.build(name, config, link)
         for what in missing:
             talk(f"{name} can do without, but had better have, {what}")
-        if zram.disksize != config.disksize:
+        if zram.disksize != config.disksize and not link.takes_over:
             made = f"made it {zram.disksize} bytes"
             talk(f"a disksize of {config.disksize} is no multiple of a page: {made}")
         reserved = zram.statistics().mem_reserved
-        if reserved:
+        if reserved and not link.takes_over:
             talk(f"{sizes.human(reserved)} of RAM are reserved for {name}")
-        worker.run(zram, config, held, background=background)
+        worker.run(
+            *(zram, config, held.paths, link),
+            passed=passed,
+            background=background,
+            reconnect=partial(attach.reconnect, name, held.paths.nbd_socket, name, dead=True),
+        )

@@ -150,7 +150,7 @@ def _serves(name: str, config: Config) -> bool:
         )
     if config.use == "swap" and not config.allow_deadlock:
         try:
-            lacks = hardening.lacking(Path("/proc", paths.lock.read_text().strip()))
+            lacks = hardening.lacking(Path("/proc", str(paths.worker())))
         except (OSError, ValueError) as error:
             lacks = [f"sign of it in /proc ({error})"]
         if config.reserves and not now.mem_reserved:

@@ -50,8 +50,18 @@ class ControlServer:
         self._unsent: set[asyncio.Future[None]] = set()
         self._server: VarlinkUnixServer | None = None
 
-    async def start(self) -> None:
-        """Bind and listen. Raises ServerFailed."""
+    async def start(self, listener: socket.socket | None = None) -> int:
+        """Bind, unless `listener` is, by a predecessor, and listen; the socket's descriptor. Raises
+        ServerFailed."""
+        if listener is None or not self._path.exists():
+            listener = self._bind()
+        self._server = await create_unix_server(
+            lambda: _Connection(self._registry, self._unsent), sock=listener
+        )
+        listener.listen(_BACKLOG)  # asyncvarlink asks for 1: a burst of clients would be refused
+        return listener.fileno()
+
+    def _bind(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._path.unlink(missing_ok=True)
@@ -60,10 +70,7 @@ class ControlServer:
         except OSError as error:
             listener.close()
             raise ServerFailed(f"cannot make {self._path}: {error.strerror or error}") from error
-        self._server = await create_unix_server(
-            lambda: _Connection(self._registry, self._unsent), sock=listener
-        )
-        listener.listen(_BACKLOG)  # asyncvarlink asks for 1: a burst of clients would be refused
+        return listener
 
     async def close(self) -> None:
         """Stop accepting, send what is to be sent, end all connections. Idempotent."""

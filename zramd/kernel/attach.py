@@ -2,6 +2,8 @@
 
     attach(name, socket, export="", via=None, node=None)
         -> Attachment                       # .node is ready, with its size
+    reconnect(name, socket, export="")
+        -> Attachment | None                # a new server goes on where a dead one ended
     detach(name) -> None                                        # idempotent
     attached(name) -> Attachment | None
     cut(attachment) -> None                 # the server has dropped the device
@@ -10,8 +12,8 @@ Two ways, each a module with `missing`, `attach`, `find`, `alive`, `cut` and `cl
 kernel's own NBD client, and `loop`, nbdfuse under a loop device, for kernels without nbd.
 
 Promises
-1. Nothing is remembered in a file: an attachment is found by what the kernel says about it. So a
-   process of ours that is killed at any moment leaves nothing that `detach` cannot clear.
+1. An attachment is found by what the kernel says about it, and in no file of ours. So a process of
+   ours that is killed at any moment leaves nothing that `detach` cannot clear.
 2. Two callers for the same device cannot attach it twice: the second gets the first one's node.
 3. A node that something uses (a mount, swap, a device on top) is never taken away.
 
@@ -24,6 +26,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, Protocol, cast
 
@@ -94,6 +97,30 @@ def attach(
         _clear(name)
         way = _choose(via)
         return Attachment(name, _WAYS[way].attach(directory, socket, export, node), way)
+
+
+def reconnect(
+    name: str, socket: Path, export: str = "", *, dead: bool = False
+) -> Attachment | None:
+    """Give the kernel's dead connection of the device a successor: the server on the Unix socket
+    `socket`, which serves the same pages. What the kernel waits for is sent to that one, what was
+    lost in the dead server after a second or two; whoever uses the node only sees it wait.
+
+    None, and nothing is done, where the device is not attached, or through loop, or its server
+    lives; with `dead`, the caller knows that it does not. Any thread may call it, and a process
+    that is short of memory too: it starts no program, and does not open the node.
+
+    Raises NeedsRoot; NoServer; ServerFailed, BadValue from the handshake; AttachFailed where the
+    size is another, or where the node has been disconnected and is only still in use.
+    """
+    existing = attached(name)
+    if existing is None or existing.via != "nbd" or (not dead and nbd.alive(existing.node)):
+        return None
+    tools.need_root(f"reconnecting {existing.node}")
+    directory = Paths(name).dir
+    alone = partial(_alone, name, directory)
+    node = nbd.reconnect(directory, socket, export, alone, dead=dead)
+    return None if node is None else Attachment(name, node, "nbd")
 
 
 def detach(name: str) -> None:

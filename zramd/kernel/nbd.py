@@ -5,8 +5,12 @@ A connected device is found again by its backend identifier, `zramd:DIRECTORY#SO
 kernel was given. It stands as long as the device is connected or open. The kernel's side of the
 connection lives without any process of ours.
 
-A server that was killed leaves requests in the kernel that wait for ever, and with them whoever
-opens the node; so nothing here opens a node, and whether the server lives is asked of its socket.
+A server that dies leaves requests in the kernel that wait for a new connection, and with them
+whoever opens the node; so nothing here opens a node, and whether the server lives is asked of its
+socket. `reconnect` gives the kernel a new server's. The identifier stays as it was then: the new
+socket's inode stands in the file `nbd.inode` in the device's directory, after that of the first,
+which says whose successor it is. It is written before the kernel gets the socket, so whoever is
+killed in between leaves a connection that is taken for dead, which it is.
 
 Assumes the network namespace in which the device was attached: sockets of others cannot be asked.
 """
@@ -16,6 +20,9 @@ import os
 import re
 import socket
 import stat
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -24,10 +31,32 @@ from zramd.errors import AttachFailed, DeviceBusy, NeedsRoot, NoServer, ToolMiss
 from zramd.kernel import netlink, tools
 from zramd.kernel.state import SYS_BLOCK
 from zramd.nbd.client import negotiate
+from zramd.nbd.wire import ExportInfo
 from zramd.store import PAGE
 
 _ANSWER_S: Final = 30.0
 """How long a server may take for one message of the handshake."""
+
+_DEAD_CONN_S: Final = 300
+"""How long the kernel waits for the successor of a dead server before new requests fail: plenty for
+a start on a machine that is short of memory. Nobody waits in vain: `cut` ends it at once."""
+
+_IO_TIMEOUT_MS: Final = 1000
+"""How often the kernel looks at a request that is not answered. What was lost in a dead server is
+sent to its successor then, and only then: within 1.5 s, as measured, since the kernel rounds up to
+a second and more; with 5000, within 6 s. A slow server is not harmed, but is told of in the
+kernel's log ("Possible stuck request"), a line for each of its requests each time."""
+
+_KERNELS_IO_TIMEOUT_MS: Final = 30_000
+"""What it is where nobody has said anything."""
+
+_TAKEN_S: Final = 10.0
+"""How long the kernel may take to see the end of a connection whose server is dead."""
+
+_POLL_S: Final = 0.02
+
+_SUCCESSOR: Final = "nbd.inode"
+"""The file with two inodes: the first socket's, and that of the one in its place now."""
 
 
 def missing() -> ZramdError | None:
@@ -55,28 +84,23 @@ def attach(directory: Path, server: Path, export: str, node: str | None) -> str:
     Raises DeviceBusy where `node` is another's.
     """
     asked = None if node is None else _index(node)
-    with _connect(server) as connection:
-        info = negotiate(connection, export)
-        connection.settimeout(None)
+    connection, info = _negotiated(server, export)
+    with connection:
+        (directory / _SUCCESSOR).unlink(missing_ok=True)  # of no use any more
         if info.size == 0 or info.size % PAGE:
             raise AttachFailed(
                 f"the server on {server} offers {info.size} bytes, not whole pages of {PAGE}",
                 hint="give the device a disksize that is a multiple of 4096",
             )
-        identifier = f"zramd:{directory}#{os.fstat(connection.fileno()).st_ino}"
+        identifier = f"zramd:{directory}#{_inode(connection)}"
         try:
-            index = netlink.nbd_connect(connection, info.size, PAGE, info.flags, identifier, asked)
-        except PermissionError as error:
-            raise NeedsRoot(
-                "the kernel lets only root connect nbd devices", hint="run it with sudo"
-            ) from error
+            index = netlink.nbd_connect(
+                connection, info.size, PAGE, info.flags, identifier, _DEAD_CONN_S, asked
+            )
         except OSError as error:
             if node is not None and error.errno == errno.EBUSY:
                 raise _taken(node) from error
-            raise AttachFailed(
-                f"the kernel's nbd refused the connection: {error.strerror}",
-                hint="`dmesg | tail` may say why",
-            ) from error
+            raise _refused(error) from error
     node = f"/dev/nbd{index}"
     with tools.undone(partial(netlink.nbd_disconnect, index)):
         if not tools.wait_until(lambda: _ready(node, info.size)):
@@ -89,20 +113,75 @@ def attach(directory: Path, server: Path, export: str, node: str | None) -> str:
                 f"the kernel's nbd{index} does not keep the name of its backend",
                 hint="that needs Linux 5.14 or later; use --via loop",
             )
+    _set_io_timeout(node, _IO_TIMEOUT_MS)
     return node
+
+
+def reconnect(
+    directory: Path,
+    server: Path,
+    export: str,
+    alone: Callable[[], AbstractContextManager[None]],
+    *,
+    dead: bool = False,
+) -> str | None:
+    """Have the kernel go on with the server on the socket `server`, in the place of a dead one;
+    the node. None: there is none, or its server lives, and it is not known to be `dead`. (Then no
+    file of before is read: its page may have been swapped out, to that node.)
+
+    `alone` holds the device's lock; it is not held while the server answers.
+    """
+    deadline = time.monotonic() + _TAKEN_S
+    while True:
+        connection, info = _negotiated(server, export)
+        with connection, alone():
+            node = find(directory)
+            if node is None or (not dead and alive(node)):
+                return None
+            dead = False  # only the old one was
+            size = _size(node)
+            if size != info.size:
+                raise AttachFailed(
+                    f"the server on {server} offers {info.size} bytes, and {node} has {size}",
+                    hint="that is another device; `zramd down` clears the node",
+                )
+            holder, first = _identifier(node)
+            _write_successor(directory, first, _inode(connection))
+            try:
+                netlink.nbd_reconfigure(_index(node), connection, f"{holder}#{first}")
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    raise AttachFailed(
+                        f"{node} has been disconnected, and is only kept by what uses it",
+                        hint=f"`zramd down {directory.name}` clears it",
+                    ) from error
+                raise _refused(error) from error
+            # A socket that the kernel has not taken ends here. It takes none before it has seen the
+            # end of the old one, which may be a moment after us.
+            connection.close()
+            if alive(node):
+                return node
+        if time.monotonic() > deadline:
+            raise AttachFailed(
+                f"the kernel has not taken a new connection for {node}",
+                hint=f"does the server on {server} live? `dmesg | tail` may say more",
+            )
+        time.sleep(_POLL_S)
 
 
 def find(directory: Path) -> str | None:
     """The node that is attached to the device of `directory`; None where none is."""
     for backend in SYS_BLOCK.glob("nbd*/backend"):
-        if _identifier(backend)[0] == f"zramd:{directory}":
-            return f"/dev/{backend.parent.name}"
+        node = f"/dev/{backend.parent.name}"
+        if _identifier(node)[0] == f"zramd:{directory}":
+            return node
     return None
 
 
 def alive(node: str) -> bool:
     """Whether the node's connection still has its server."""
-    inode = _identifier(SYS_BLOCK / Path(node).name / "backend")[1]
+    holder, first = _identifier(node)
+    inode = _successor(Path(holder.removeprefix("zramd:")), first) or first
     return inode.isdigit() and netlink.unix_peer_lives(int(inode))
 
 
@@ -111,6 +190,8 @@ def clear(directory: Path) -> None:
     node = find(directory)
     if node is None:
         return
+    # The node's next user may be none of ours.
+    _set_io_timeout(node, _KERNELS_IO_TIMEOUT_MS)
     cut(node)
     if not tools.wait_until(lambda: find(directory) != node):
         raise AttachFailed(
@@ -143,7 +224,7 @@ def _index(node: str) -> int:
 def _taken(node: str) -> DeviceBusy:
     """Who has the node that the kernel did not give us, and how to have it freed."""
     sys = SYS_BLOCK / Path(node).name
-    holder, _inode = _identifier(sys / "backend")
+    holder, _first = _identifier(node)
     if holder.startswith("zramd:"):
         name = Path(holder).name
         return DeviceBusy(
@@ -167,14 +248,53 @@ def _who(sys: Path) -> str:
     return "another connection"
 
 
-def _identifier(backend: Path) -> tuple[str, str]:
+def _identifier(node: str) -> tuple[str, str]:
     """The two parts of what `attach` gave the kernel; empty where the device is not ours."""
     try:
-        text = os.fsdecode(backend.read_bytes()).rstrip("\n")
+        text = os.fsdecode((SYS_BLOCK / Path(node).name / "backend").read_bytes()).rstrip("\n")
     except OSError:  # not connected, or not any more
         return "", ""
-    first, _, inode = text.rpartition("#")
-    return first, inode
+    holder, _, first = text.rpartition("#")
+    return holder, first
+
+
+def _successor(directory: Path, first: str) -> str | None:
+    """The inode of the socket that came in the place of the one that was the first, if any."""
+    try:
+        of, inode = (directory / _SUCCESSOR).read_text().split()
+    except (OSError, ValueError):
+        return None
+    return inode if of == first else None
+
+
+def _write_successor(directory: Path, first: str, inode: int) -> None:
+    """All or nothing. Root writes here into a directory that may be a user's."""
+    path = directory / _SUCCESSOR
+    new = path.with_suffix(".new")
+    try:
+        new.unlink(missing_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"{first} {inode}\n")
+        new.replace(path)
+    except OSError as error:
+        raise AttachFailed(f"cannot write {path}: {error.strerror}") from error
+
+
+def _set_io_timeout(node: str, milliseconds: int) -> None:
+    """Where /sys may not be written it stays as it is: what is lost is sent again later then."""
+    try:
+        (SYS_BLOCK / Path(node).name / "queue/io_timeout").write_text(str(milliseconds))
+    except OSError:
+        pass
+
+
+def _refused(error: OSError) -> ZramdError:
+    if isinstance(error, PermissionError):
+        return NeedsRoot("the kernel lets only root connect nbd devices", hint="run it with sudo")
+    return AttachFailed(
+        f"the kernel's nbd refused the connection: {error.strerror}",
+        hint="`dmesg | tail` may say why",
+    )
 
 
 def _loaded() -> bool:
@@ -183,6 +303,22 @@ def _loaded() -> bool:
     except OSError:
         return False
     return True
+
+
+def _negotiated(server: Path, export: str) -> tuple[socket.socket, ExportInfo]:
+    """A connection to the server, in transmission, and what is said of the export."""
+    connection = _connect(server)
+    try:
+        info = negotiate(connection, export)
+        connection.settimeout(None)
+    except BaseException:
+        connection.close()
+        raise
+    return connection, info
+
+
+def _inode(connection: socket.socket) -> int:
+    return os.fstat(connection.fileno()).st_ino
 
 
 def _connect(server: Path) -> socket.socket:
@@ -202,7 +338,10 @@ def _connect(server: Path) -> socket.socket:
 
 def _ready(node: str, size: int) -> bool:
     try:
-        sectors = int((SYS_BLOCK / Path(node).name / "size").read_text())
-        return sectors * 512 == size and stat.S_ISBLK(os.stat(node).st_mode)
+        return _size(node) == size and stat.S_ISBLK(os.stat(node).st_mode)
     except OSError:
         return False
+
+
+def _size(node: str) -> int:
+    return int((SYS_BLOCK / Path(node).name / "size").read_text()) * 512

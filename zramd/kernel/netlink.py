@@ -1,7 +1,7 @@
 """Netlink, as much of it as attaching an nbd device takes.
 
-Four calls, each over a short-lived socket: is the generic family "nbd" there, connect, disconnect;
-and does a Unix socket still have its peer. Wire formats: include/uapi/linux/netlink.h,
+Five calls, each over a short-lived socket: is the generic family "nbd" there, connect, reconfigure,
+disconnect; and does a Unix socket still have its peer. Wire formats: include/uapi/linux/netlink.h,
 genetlink.h, nbd-netlink.h, unix_diag.h; all integers in host order. The kernel answers with any
 number of data messages, then one NLMSG_ERROR whose code 0 is the acknowledgement. A code other
 than 0 is raised as OSError with that errno.
@@ -41,11 +41,13 @@ _UNIX_DIAG_SHUTDOWN: Final = 6
 
 _NBD_CONNECT: Final = 1
 _NBD_DISCONNECT: Final = 2
+_NBD_RECONFIGURE: Final = 3
 _NBD_INDEX: Final = 1
 _NBD_SIZE_BYTES: Final = 2
 _NBD_BLOCK_SIZE_BYTES: Final = 3
 _NBD_SERVER_FLAGS: Final = 5
 _NBD_SOCKETS: Final = 7
+_NBD_DEAD_CONN_TIMEOUT: Final = 8
 _NBD_BACKEND_IDENTIFIER: Final = 10
 _NBD_SOCK_ITEM: Final = 1
 _NBD_SOCK_FD: Final = 1
@@ -64,6 +66,7 @@ def nbd_connect(
     block_size: int,
     flags: int,
     identifier: str,
+    dead_conn_s: int,
     index: int | None = None,
 ) -> int:
     """Give the kernel a negotiated NBD connection; the index N of the /dev/nbdN that it took.
@@ -72,10 +75,11 @@ def nbd_connect(
     asked for, it takes the first unused one, or makes one; all under its own lock. `size` and
     `block_size` are bytes, `flags` the server's transmission flags. `identifier` can be read in
     /sys/block/nbdN/backend for as long as the device is connected (since Linux 5.14, 6497ef8df568
-    "nbd: provide a way for userspace processes to identify device backends").
+    "nbd: provide a way for userspace processes to identify device backends"). For `dead_conn_s`
+    seconds after the connection's end requests wait for an `nbd_reconfigure`.
+
+    No time limit is set for an answer: a merely slow server would lose its connection by it.
     """
-    item = _attribute(_NBD_SOCK_FD, _U32.pack(connection.fileno()))
-    sockets = _attribute(_NBD_SOCK_ITEM | _NESTED, item)
     answer = _ask_generic(
         nbd_family(),
         _NBD_CONNECT,
@@ -83,10 +87,25 @@ def nbd_connect(
         + _attribute(_NBD_SIZE_BYTES, _U64.pack(size))
         + _attribute(_NBD_BLOCK_SIZE_BYTES, _U64.pack(block_size))
         + _attribute(_NBD_SERVER_FLAGS, _U64.pack(flags))
-        + _attribute(_NBD_SOCKETS | _NESTED, sockets)
-        + _attribute(_NBD_BACKEND_IDENTIFIER, os.fsencode(identifier) + b"\0"),
+        + _attribute(_NBD_DEAD_CONN_TIMEOUT, _U64.pack(dead_conn_s))
+        + _backend(connection, identifier),
     )
     return int(_U32.unpack(answer[_NBD_INDEX])[0])
+
+
+def nbd_reconfigure(index: int, connection: socket.socket, identifier: str) -> None:
+    """Give /dev/nbdN a negotiated connection in the place of its dead one; the rest stays as it was
+    at `nbd_connect`, the seconds for the next dead connection too.
+
+    `identifier` is the one given then; another, or a device that is not connected (any more):
+    OSError with EINVAL. Where the kernel has not seen the end of the old connection yet it takes
+    nothing, and says nothing.
+    """
+    _ask_generic(
+        nbd_family(),
+        _NBD_RECONFIGURE,
+        _attribute(_NBD_INDEX, _U32.pack(index)) + _backend(connection, identifier),
+    )
 
 
 def nbd_disconnect(index: int) -> None:
@@ -117,6 +136,14 @@ def _shutdown(inode: int) -> int:
     )
     answer = _ask(_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request, header=_UNIX_DIAG_MESSAGE_SIZE)
     return answer[_UNIX_DIAG_SHUTDOWN][0]
+
+
+def _backend(connection: socket.socket, identifier: str) -> bytes:
+    """The attributes that say what is behind a device."""
+    item = _attribute(_NBD_SOCK_FD, _U32.pack(connection.fileno()))
+    sockets = _attribute(_NBD_SOCK_ITEM | _NESTED, item)
+    name = os.fsencode(identifier) + b"\0"
+    return _attribute(_NBD_SOCKETS | _NESTED, sockets) + _attribute(_NBD_BACKEND_IDENTIFIER, name)
 
 
 def _ask_generic(family: int, command: int, attributes: bytes) -> dict[int, bytes]:

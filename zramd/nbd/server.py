@@ -16,6 +16,7 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,18 +57,24 @@ class Server:
         """Connections that have opened the device."""
         return [connection for connection in self.live if connection.serving]
 
-    async def listen(self, address: Address) -> None:
-        """Binds `address` and accepts from now on.
+    async def listen(self, address: Address, bound: Sequence[socket.socket] = ()) -> list[int]:
+        """Binds `address`, unless a predecessor has `bound` it, and accepts from now on; the
+        descriptors of the sockets.
 
         Raises ServerExists where somebody listens already, BadValue where nobody can.
         """
         self._loop = loop = asyncio.get_running_loop()
         if isinstance(address, UnixAddress):
-            sock = _bind_unix(address)
+            sock = bound[0] if bound and address.path.exists() else _bind_unix(address)
             self._sockets.append((address.path, address.path.stat()))
-            listener = await loop.create_unix_server(
-                lambda: Connection(self), sock=sock, backlog=_BACKLOG
-            )
+            listeners = [
+                await loop.create_unix_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
+            ]
+        elif bound:
+            listeners = [
+                await loop.create_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
+                for sock in bound
+            ]
         else:
             try:
                 listener = await loop.create_server(
@@ -75,9 +82,13 @@ class Server:
                 )
             except OSError as error:
                 raise _listen_failed(address, error) from error
-            address = TcpAddress(address.host, listener.sockets[0].getsockname()[1])
-        self._listeners.append(listener)
+            listeners = [listener]
+        sockets = [sock for listener in listeners for sock in listener.sockets]
+        if isinstance(address, TcpAddress):
+            address = TcpAddress(address.host, sockets[0].getsockname()[1])
+        self._listeners += listeners
         self.addresses.append(address)
+        return [sock.fileno() for sock in sockets]
 
     async def adopt(self, sock: socket.socket) -> None:
         """Accepts from a stream socket that listens already; whoever made its file removes it."""

@@ -39,7 +39,7 @@ def start(name: str, arguments: Sequence[str]) -> list[str]:
         with server.stderr:
             said = server.stderr.read().splitlines()
         Control(Paths(name).control_socket).close()
-        if _holder(name) != server.pid:
+        if Paths(name).server() != server.pid:
             raise NoServer(f"it is not ours that serves {name}")
     except NoServer:
         status = server.wait()
@@ -52,14 +52,6 @@ def start(name: str, arguments: Sequence[str]) -> list[str]:
         _clear(name)
         raise
     return said
-
-
-def _holder(name: str) -> int:
-    """The process that serves the device; 0 where that cannot be told."""
-    try:
-        return int(Paths(name).lock.read_text())
-    except (OSError, ValueError):
-        return 0
 
 
 def _interpreter() -> list[str]:

@@ -25,6 +25,7 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -70,9 +71,10 @@ def prepare() -> list[str]:
     return missing
 
 
-def lock() -> list[str]:
-    """Move 4."""
-    heap.keep(_HEAP_RESERVE)
+def lock(heap_reserve: int = _HEAP_RESERVE) -> list[str]:
+    """Move 4; 0 for a process that needs no more heap."""
+    if heap_reserve:
+        heap.keep(heap_reserve)
     _fault_in()
     # What is mapped later is locked as it is touched: a sparse arena is mapped larger than memory.
     if _libc.mlockall(_MCL_CURRENT_FUTURE_ONFAULT) != 0:
@@ -152,16 +154,46 @@ def _last_error() -> str:
     return os.strerror(ctypes.get_errno())
 
 
+def share() -> None:
+    """To be called, after `lock`, by who will fork children that go on with what it has. That is
+    in memory, and a child has it copied only page by page, when one of them writes.
+
+    Of 18 MiB 10 are never written. The first 1500 requests copy one more.
+    """
+    _shared[:] = [(start, stop) for start, stop, mode, _ in _mappings() if "w" in mode]
+
+
+_shared: list[tuple[int, int]] = []
+"""Addresses, ascending."""
+
+
+def _mappings() -> list[tuple[int, int, str, str]]:
+    """Start, end, mode and name of each mapping of ours."""
+    found = _MAPPING.findall(Path("/proc/self/maps").read_text())
+    return [(int(first, 16), int(last, 16), mode, name) for first, last, mode, name in found]
+
+
 def _fault_in() -> None:
     """Have all of us in memory: code, data, heap, stacks; but for an arena, which knows itself what
     of it is to be there, and for nbdkit's 192 MiB of zeros that it never touches."""
-    for first, last, mode, name in _MAPPING.findall(Path("/proc/self/maps").read_text()):
-        start, size = int(first, 16), int(last, 16) - int(first, 16)
-        unused = not name and size > _LARGE
+    for start, stop, mode, name in _mappings():
+        unused = not name and stop - start > _LARGE
         if "r" not in mode or unused or "zramd-arena" in name or name.startswith("[v"):
             continue
         advice = _MADV_POPULATE_WRITE if "w" in mode else _MADV_POPULATE_READ
-        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+        for first, last in _not_shared(start, stop):
+            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+
+
+def _not_shared(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of an address range that `share` has not seen."""
+    for first, last in _shared:
+        if first < stop and last > start:
+            if start < first:
+                yield start, first
+            start = last
+    if start < stop:
+        yield start, stop
 
 
 _MAPPING: Final = re.compile(r"^(\w+)-(\w+) (\S+) \S+ \S+ \S+ *(.*)$", re.MULTILINE)

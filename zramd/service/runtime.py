@@ -92,7 +92,22 @@ class Paths:
 
     @property
     def lock(self) -> Path:
+        """Holds the server's process id, and that of its worker where there is one, a line each."""
         return self.dir / "lock"
+
+    def server(self) -> int:
+        """The process that holds the claim, or held it last; 0 where that cannot be told."""
+        return self._processes()[0]
+
+    def worker(self) -> int:
+        """The process that does the I/O: the server's worker, or the server itself."""
+        return self._processes()[:2][-1]
+
+    def _processes(self) -> list[int]:
+        try:
+            return [int(line) for line in self.lock.read_text().split()] or [0]
+        except (OSError, ValueError):
+            return [0]
 
 
 def names() -> list[str]:
@@ -118,17 +133,29 @@ class Claim:
     def __init__(self, paths: Paths, descriptor: int) -> None:
         self.paths = paths
         self._descriptor = descriptor
+        self._is_ours = True
         self.adopt()
 
     def adopt(self) -> None:
         """Write down that this process is the holder; again after a fork, whose child inherits
         the claim."""
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
+        self._write(b"%d\n" % os.getpid())
+
+    def serve_by(self, worker: int) -> None:
+        """Write down, beside the holder, which process does the I/O where that is another."""
+        self._write(b"%d\n%d\n" % (os.getpid(), worker))
+
+    def _write(self, text: bytes) -> None:
+        os.pwrite(self._descriptor, text, 0)  # first: a reader must not find nothing
+        os.ftruncate(self._descriptor, len(text))
+
+    def disown(self) -> None:
+        """Leave the release to another process, which has forked this one."""
+        self._is_ours = False
 
     def release(self) -> None:
         """Remove the device's directory, then let the next one in. Idempotent."""
-        if self._descriptor < 0:
+        if self._descriptor < 0 or not self._is_ours:
             return
         # The lock goes last: until then nobody else can claim what is being removed.
         for entry in sorted(self.paths.dir.glob("*"), key=self.paths.lock.__eq__):
@@ -216,10 +243,8 @@ def _stands_at(path: Path, descriptor: int) -> bool:
 
 def _holder(paths: Paths) -> str:
     """` (process N)` of who wrote the lock file last, or nothing."""
-    try:
-        return f" (process {int(paths.lock.read_text())})"
-    except (OSError, ValueError):
-        return ""
+    process = paths.server()
+    return f" (process {process})" if process else ""
 
 
 def _unusable(error: OSError) -> ServerFailed:

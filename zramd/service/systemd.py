@@ -117,7 +117,8 @@ class Manager:
 
 def _watchdog_s() -> float | None:
     """Within how many seconds the watchdog wants to hear of us; None: there is none for us."""
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+    ours = str(os.getpid()), str(os.getppid())  # our supervisor is whom systemd has started
+    if os.environ.get("WATCHDOG_PID", ours[0]) not in ours:
         return None
     interval = os.environ.get("WATCHDOG_USEC", "")
     return int(interval) / 1e6 if interval.isdecimal() and int(interval) > 0 else None

@@ -1,13 +1,14 @@
-"""The process of `zramd serve`: one device, its NBD sockets, its control socket.
+"""The process of `zramd serve` that does the I/O: one device, its NBD sockets, its control socket.
 
-Life: claim the device's name; build it in memory; listen on NAME/nbd.sock and on whatever else was
-asked for or passed by systemd; serve control; say that it is ready; wait for SIGTERM, SIGINT or the
-Stop call; stop accepting, finish what is in flight, close; drop the pages; remove the sockets and
-the directory.
+Life: build the device in memory, or take over the pages of a worker that has died; listen on
+NAME/nbd.sock and on whatever else was asked for or passed by systemd; serve control; say that it is
+ready; wait for SIGTERM, SIGINT or the Stop call; stop accepting, finish what is in flight, close;
+drop the pages; remove the sockets. What must outlive it, it hands to its supervisor as it makes it.
 
 Guarantees
 1. When anything fails before readiness, all that was made is removed, and the error says what.
 2. Readiness is told once all sockets listen: by sd_notify(3), and by one line on stderr.
+3. Who takes over says which pages did not survive, one by one; these answer EIO.
 
 SIGTERM ends the server even while clients are connected, and their pages are gone then; but not one
 that carries swap or a mount: that serves on until the last of them has left, as a shutdown needs
@@ -18,10 +19,13 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from zramd import heap, sizes
@@ -32,29 +36,50 @@ from zramd.nbd.address import UnixAddress
 from zramd.nbd.server import THREADS, Server, address_of
 from zramd.service import hardening, systemd
 from zramd.service.config import Config
-from zramd.service.runtime import Claim, Paths
+from zramd.service.runtime import Paths
+from zramd.service.supervisor import Link, go_to_background
 from zramd.service.upkeep import upkeep
 
 _HELPERS: Final = 2
 """Threads for control calls that change the device, which must not hold the event loop."""
 
+_GRACE_S: Final = 10.0
+"""How long a device whose worker died is not taken for unused: clients have to connect again."""
+_GRACE_POLL_S: Final = 0.1
+
+_lost: list[int] = []
+"""The pages that did not survive; said when the kernel is connected again, since the log may lie on
+what it waits for."""
+
+ARENA: Final = "arena"
+_CONTROL: Final = "control"
+"""Names of what the supervisor keeps, beside the sockets for NBD."""
+
 _log = logging.getLogger(__name__)
 
 
-def build(name: str, config: Config) -> tuple[Zram, list[str]]:
+def build(name: str, config: Config, link: Link | None = None) -> tuple[Zram, list[str]]:
     """An initialised device, in a process hardened for what it will carry, and what could not be
-    had of that. To be called before there are threads.
+    had of that. To be called before there are threads. `link`: the supervisor, which has prepared
+    this process, and may have the pages of a predecessor.
 
     Raises BadValue, NoMemory; NotHardened for swap, unless the configuration allows it.
     """
     heap.use_one_arena()
-    missing = hardening.prepare() + hardening.lock() if config.use else []
+    missing = []
+    if config.use:
+        missing = (hardening.prepare() if link is None else link.missing) + hardening.lock()
     if missing and config.use == "swap" and not config.allow_deadlock:
         raise NotHardened(
             f"swap on {name} could deadlock: there is no {'; no '.join(missing)}",
             hint="run it as root with these capabilities, or say --allow-deadlock",
         )
     zram = Zram(name)
+    if link is not None:
+        zram.on_arena = partial(_hand_over, link)
+        if link.takes_over:
+            _take_over(zram, link)
+            return zram, []
     if config.comp_algorithm is not None:
         zram.set("comp_algorithm", config.comp_algorithm)
     if config.mem_limit is not None:
@@ -64,22 +89,58 @@ def build(name: str, config: Config) -> tuple[Zram, list[str]]:
     return zram, missing
 
 
-def run(zram: Zram, config: Config, held: Claim, *, background: bool = False) -> None:
-    """Serve `zram`, which `build` has made, until told to end, and close it. `held` is the claim on
-    its name.
+def _hand_over(link: Link, descriptor: int | None) -> None:
+    """The supervisor keeps a new arena, and drops one that is gone."""
+    if descriptor is None:
+        link.drop(ARENA)
+    else:
+        arena = os.fstat(descriptor)
+        is_reserved = arena.st_blocks * 512 >= arena.st_size
+        link.keep(ARENA, descriptor, lock=is_reserved)
 
-    `background`: from readiness on, stdout and stderr go to NAME/log and the working directory is
-    the root, so that the process holds neither its starter's terminal nor any mount.
+
+def _take_over(zram: Zram, link: Link) -> None:
+    """The device as a predecessor left it."""
+    descriptor = link.kept.pop(ARENA, None)
+    if descriptor is None:  # it had been reset
+        return
+    _lost.extend(zram.adopt(descriptor))
+
+
+def run(
+    zram: Zram,
+    config: Config,
+    paths: Paths,
+    link: Link,
+    *,
+    passed: Sequence[socket.socket] = (),
+    background: bool = False,
+    reconnect: Callable[[], object] = lambda: None,
+) -> None:
+    """Serve `zram`, which `build` has made, until told to end, and close it.
+
+    `passed` are sockets that listen already. `background`: from readiness on, stdout and stderr go
+    to NAME/log and the working directory is the root, so that the process holds neither its
+    starter's terminal nor any mount. `reconnect` is called in a thread by who has taken over, when
+    it serves NBD: the kernel's connection has ended with the predecessor.
 
     Raises ServerExists where a socket is taken, BadValue for an address.
     """
     with closing(zram):
-        asyncio.run(_serve(zram, held.paths, config, background))
+        asyncio.run(_serve(zram, paths, config, link, passed, background, reconnect))
 
 
-async def _serve(zram: Zram, paths: Paths, config: Config, background: bool) -> None:
+async def _serve(
+    zram: Zram,
+    paths: Paths,
+    config: Config,
+    link: Link,
+    passed: Sequence[socket.socket],
+    background: bool,
+    reconnect: Callable[[], object],
+) -> None:
     manager = systemd.Manager()
-    passed = systemd.passed_sockets()
+    takes_over = link.takes_over
     asked = config.listen
     config = replace(config, listen=(*asked, *map(address_of, passed)))
     for address in config.listen:
@@ -100,32 +161,54 @@ async def _serve(zram: Zram, paths: Paths, config: Config, background: bool) -> 
         for keeper in (
             manager.keep_informed(zram),
             upkeep(zram),
-            _end_unused(told, server, manager, ended),
+            _end_unused(told, server, manager, ended, _GRACE_S if takes_over else 0),
         ):
             ends.callback(asyncio.create_task(keeper).cancel)
         ends.push_async_callback(control.close)
         ends.push_async_callback(server.close)
-        await server.listen(UnixAddress(paths.nbd_socket))
-        for address in asked:
-            await server.listen(address)
+        for asked_for in (UnixAddress(paths.nbd_socket), *asked):
+            name = f"listen {asked_for}"
+            for n, descriptor in enumerate(await server.listen(asked_for, _kept(link, name))):
+                link.keep(f"{name} {n}", descriptor)
         for sock in passed:
             await server.adopt(sock)
-        await control.start()
+        if takes_over:  # before anyone can ask us, and take the node for one whose server is dead
+            await loop.run_in_executor(None, _reconnect, reconnect)
+        link.keep(f"{_CONTROL} 0", await control.start(*_kept(link, _CONTROL)))
         if config.use:
             hardening.start_threads(helpers, _HELPERS)
             hardening.start_threads(server.threads, THREADS)
-        line = _ready(zram, paths, config, background)
+        line = _line(zram, paths, config)
+        if background and not takes_over:
+            print(f"zramd: {line}", file=sys.stderr, flush=True)
+            go_to_background(paths.log)  # as our supervisor does when it hears that we are ready
+            link.ready()
+            _log.info("%s", line)
+        else:
+            link.ready()
+            _say(line)
+        for page in _lost:
+            _log.error("page %d of %s is lost: reading it is an I/O error", page, zram.name)
         manager.tell(READY="1", STATUS=line)
         if config.use:
             hardening.settle()
         await ended.wait()
+        link.ending()
         manager.tell(STOPPING="1")
 
 
 async def _end_unused(
-    told: asyncio.Event, server: Server, manager: systemd.Manager, ended: asyncio.Event
+    told: asyncio.Event,
+    server: Server,
+    manager: systemd.Manager,
+    ended: asyncio.Event,
+    grace_s: float,
 ) -> None:
-    """Once told to, end when nobody is connected."""
+    """Once told to, end when nobody is connected; after `grace_s`, or when somebody was."""
+    loop = asyncio.get_running_loop()
+    grace_ends = loop.time() + grace_s
+    while loop.time() < grace_ends and not server.serving:
+        await asyncio.sleep(_GRACE_POLL_S)
     await told.wait()
     if server.serving:
         _log.warning("told to end, but in use: serving on until the last client has left")
@@ -135,17 +218,30 @@ async def _end_unused(
     ended.set()
 
 
-def _ready(zram: Zram, paths: Paths, config: Config, background: bool) -> str:
-    """Say the line that tells readiness, and go to the background; the line."""
+def _kept(link: Link, name: str) -> list[socket.socket]:
+    """The sockets `name 0`, `name 1`, ... of a predecessor."""
+    found: list[socket.socket] = []
+    while (descriptor := link.kept.pop(f"{name} {len(found)}", None)) is not None:
+        found.append(socket.socket(fileno=descriptor))
+    return found
+
+
+def _reconnect(reconnect: Callable[[], object]) -> None:
+    try:
+        reconnect()
+    except Exception as error:
+        _log.error("the kernel waits, and cannot be connected again: %s", error)
+
+
+def _line(zram: Zram, paths: Paths, config: Config) -> str:
+    """What there is to say of readiness."""
     now = zram.statistics()
     where = ", ".join([str(paths.nbd_socket), *map(str, config.listen)])
-    line = f"{zram.name} ({sizes.human(now.disksize)}, {now.algorithm}) is served on {where}"
-    print(f"zramd: {line}", file=sys.stderr, flush=True)
-    if background:
-        log = os.open(paths.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(log, stream.fileno())
-        os.close(log)
-        os.chdir("/")
-        _log.info("%s", line)
-    return line
+    return f"{zram.name} ({sizes.human(now.disksize)}, {now.algorithm}) is served on {where}"
+
+
+def _say(line: str) -> None:
+    try:
+        print(f"zramd: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # who has read it so far is gone, and those who are served are not

@@ -1,6 +1,6 @@
 """The mapped memory of one initialisation, and the account of what it occupies.
 
-    header      1 page: magic, version, geometry, algorithm
+    header      1 page: magic, version, layout, algorithm, figures (`header.py`)
     table       a 64-bit word per slot (`table.py`)
     span map    a byte per span: its size class plus one, 0 where the span is not in use
     spans       64 KiB each, the pool's objects (`pool.py`)
@@ -11,13 +11,28 @@ first write, and kept until `close`. Then no write ever has to ask the system fo
 what swap wants: the system asks for writes when it has none. Nothing here is moved or resized while
 it is mapped, so views stay valid until `close`.
 
+The arena outlives its process where another one holds a descriptor of it: `adopt` maps it again,
+and `recovery.py` finds what is stored in it.
+
 Promises
 1. `used` never passes `limit` through `occupy`, not even for a moment: it is charged before the
    memory is touched. Unless reserved, it is at least what the file occupies in the system, in whole
    pages; reserved, the file occupies `reserved`, which is at most `limit`.
 2. A page or span given back with `vacate` is back with the system when the call returns, or with
    the reserve.
-3. A process killed at any instruction leaves a readable header: it is written once, magic last.
+3. A process killed at any instruction leaves an arena that can be adopted, or one without magic.
+
+The order of stores, by which that holds. Here and in the modules named, each is made only when the
+one before is done; a kill between two of them costs nothing but memory, which recovery gives back.
+1. Header: all of it, then the magic. [here]
+2. A span's class in the span map, then an object of it is handed out. [pool]
+3. An object's bytes, then the slot word that names it. [pages, compaction]
+4. The slot word, by one aligned store, never a part of it. [pages, compaction, recovery]
+5. The old object's slot word is gone, then the object is given back. [pages, compaction]
+6. No slot names an object of the span, then its class is zero, then its memory goes. [pool]
+7. All words of a table page are zero, then it goes. [pages]
+Processors keep it, too: what is killed has done all stores before some instruction, and those that
+other threads could have seen.
 
 Assumes little-endian hosts, and that its caller touches no byte of the table, the span map or a
 span that it has not occupied first.
@@ -25,24 +40,30 @@ span that it has not occupied first.
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import re
-import struct
+import stat
 import sys
 import threading
 from pathlib import Path
 from typing import Final
 
-from zramd.errors import BadValue, NoMemory, StoreFull
+from zramd.errors import BadArena, BadValue, NoMemory, StoreFull
 from zramd.sizes import human
-from zramd.store import PAGE
-
-SPAN: Final = 65536
-"""Bytes of a span: 16 raw pages; large enough that punching a hole (about 3 us) is rare."""
-
-MAGIC: Final = b"zramd\x00\x00\x01"
-_HEADER: Final = struct.Struct("<8sQQQQQ64s")  # magic, disksize, three offsets, spans, algorithm
+from zramd.store import PAGE, SPAN
+from zramd.store.header import (
+    FIGURES,
+    FIGURES_AT,
+    MAGIC,
+    MEM_LIMIT,
+    USED_MAX,
+    Header,
+    figure,
+    map_at,
+    round_up,
+)
 
 MAX_DISKSIZE: Final = 4 << 40
 """16 times this is taken as address space, half of what x86-64 and arm64 give a process."""
@@ -79,36 +100,22 @@ class Arena:
                 f"a disksize of {human(disksize)} is too large",
                 hint=f"the largest device is {human(MAX_DISKSIZE)}",
             )
-        slots = disksize // PAGE
-        table_at, map_at = PAGE, _map_at(disksize)
         # Every live object can come to sit alone in its span, so as many spans as slots are
         # enough for any history; the slack is for objects that replace others, in flight.
-        spans = slots + 4096
+        spans = disksize // PAGE + 4096
         if reserve:
             # What is stored raw, all of it, and a span that every class has begun.
             spans = min(-(-disksize // SPAN) + 128, reserved_spans(disksize, limit))
-        spans_at = _round_up(map_at + spans, SPAN)
-        self.size = spans_at + spans * SPAN
-        self.slots = slots
-        self.spans = spans
-        """How many spans there are room for."""
-        self.reserved = self.size if reserve else 0
-        """Bytes taken from the system for good; 0 where memory is taken as it is needed."""
-        self.spans_at = spans_at
-        self.limit = limit
-        self.used = 0
-        self.used_max = 0
-        self._lock = threading.Lock()  # leaf lock; protects used and used_max
-        self._path = path
+        header = Header(disksize, spans, limit if reserve else 0, algorithm)
+        self._plan(header)
         if reserve:
             _must_be_available(self.size)
-        self.table_pages = Region(self, table_at, _pages(slots * 8))
-        self.map_pages = Region(self, map_at, _pages(spans))
+        self._path = path
         self.fd = _create(path)  # last of what can fail alone: from here on there is much to undo
         try:
             os.ftruncate(self.fd, self.size)
-            self.map = mmap.mmap(self.fd, self.size)
-            self._prepare_map()
+            self._map()
+            self.punch(0, PAGE)  # see that memory goes back
             if reserve:
                 self.hold()
         except NoMemory:
@@ -116,31 +123,106 @@ class Arena:
             raise
         except (OSError, OverflowError, ValueError) as error:
             self._drop()
-            if isinstance(error, OSError) and error.errno == errno.EAGAIN:
-                # mlockall(MCL_FUTURE) has been called, after which what is mapped counts as locked.
-                step = ", which counts as locked: raise RLIMIT_MEMLOCK, give it CAP_IPC_LOCK"
-            else:
-                step = " (not of RAM): raise RLIMIT_AS"
-            raise NoMemory(
-                f"no memory for a device of {human(disksize)}: {error}",
-                hint=f"the arena needs {human(self.size)} of address space{step},"
-                " or choose a smaller disksize",
-            ) from error
-        self.view = memoryview(self.map)
-        self.table = self.view[table_at : table_at + slots * 8].cast("Q")
-        self.span_map = self.view[map_at : map_at + spans]
+            raise self._no_map(error) from error
+        self._view()
+        packed = header.pack()
+        self.map[len(MAGIC) : len(packed)] = packed[len(MAGIC) :]
+        self.limit = limit
         self.used = self.used_max = PAGE
-        fields = (disksize, table_at, map_at, spans_at, spans, algorithm.encode())
-        _HEADER.pack_into(self.map, 0, bytes(8), *fields)
-        self.map[0:8] = MAGIC
+        self.map[: len(MAGIC)] = MAGIC
 
-    def _prepare_map(self) -> None:
-        """See that memory comes page by page and goes back; raises OSError where it does not."""
+    @classmethod
+    def adopt(cls, fd: int) -> "Arena":
+        """The arena that `fd` is open on, made by a process that has ended.
+
+        Of what is stored `used` and the regions know nothing before `recovery.recover`. The
+        descriptor stays the caller's; the arena has its own. Raises BadArena, NoMemory.
+        """
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadArena("this is no arena of zramd: it is no file")
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            raise BadArena("the arena is not open for reading and writing")
+        header = Header.unpack(os.pread(fd, PAGE, 0), status.st_size)
+        self = cls.__new__(cls)
+        self._plan(header)
+        self._path = None
+        self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         try:
-            self.map.madvise(mmap.MADV_NOHUGEPAGE)
+            self._map()
+            if self.reserved:
+                self.hold()
+        except NoMemory:
+            self._drop()
+            raise
+        except (OSError, OverflowError, ValueError) as error:
+            self._drop()
+            raise self._no_map(error) from error
+        self._view()
+        limit, most = figure(self.figures, MEM_LIMIT), header.reserved_limit
+        self.limit = most if most and not 0 < limit <= most else limit
+        self.used = PAGE
+        self.used_max = min(figure(self.figures, USED_MAX), self.size)
+        return self
+
+    def _plan(self, header: Header) -> None:
+        """All that can be said before there is memory."""
+        self.header = header
+        self.size = header.size
+        self.slots = header.slots
+        self.spans = header.spans
+        """How many spans there are room for."""
+        self.spans_at = header.spans_at
+        self.reserved = self.size if header.reserved_limit else 0
+        """Bytes taken from the system for good; 0 where memory is taken as it is needed."""
+        self._lock = threading.Lock()  # leaf lock; protects used and used_max
+        self.table_pages = Region(self, PAGE, _pages(self.slots * 8))
+        self.map_pages = Region(self, header.map_at, _pages(self.spans))
+
+    def _map(self) -> None:
+        self.map = mmap.mmap(self.fd, self.size)
+        try:
+            self.map.madvise(mmap.MADV_NOHUGEPAGE)  # memory is to come page by page
         except OSError:
             pass  # a kernel without huge pages
-        self._punch(0, PAGE)
+
+    def _no_map(self, error: Exception) -> NoMemory:
+        if isinstance(error, OSError) and error.errno == errno.EAGAIN:
+            # mlockall(MCL_FUTURE) has been called, after which what is mapped counts as locked.
+            step = ", which counts as locked: raise RLIMIT_MEMLOCK, give it CAP_IPC_LOCK"
+        else:
+            step = " (not of RAM): raise RLIMIT_AS"
+        return NoMemory(
+            f"no memory for a device of {human(self.header.disksize)}: {error}",
+            hint=f"the arena needs {human(self.size)} of address space{step},"
+            " or choose a smaller disksize",
+        )
+
+    def _view(self) -> None:
+        self.view = memoryview(self.map)
+        self.table = self.view[PAGE : PAGE + self.slots * 8].cast("Q")
+        at = self.header.map_at
+        self.span_map = self.view[at : at + self.spans]
+        self.figures = self.view[FIGURES_AT : FIGURES_AT + FIGURES * 8].cast("Q")
+        """What is to outlive the process, by the names in header.py."""
+
+    @property
+    def limit(self) -> int:
+        """What `used` may not pass; 0 where nothing is said."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._limit = self.figures[MEM_LIMIT] = limit
+
+    @property
+    def used_max(self) -> int:
+        """The peak of `used`."""
+        return self._used_max
+
+    @used_max.setter
+    def used_max(self, used_max: int) -> None:
+        self._used_max = self.figures[USED_MAX] = used_max
 
     def _drop(self) -> None:
         """Undo what `__init__` has made so far."""
@@ -176,10 +258,10 @@ class Arena:
         """Charge `size` bytes about to be touched. Raises StoreFull, having charged nothing."""
         with self._lock:
             used = self.used + size
-            if self.limit and used > self.limit:
+            if self._limit and used > self._limit:
                 raise self.full()
             self.used = used
-            if used > self.used_max:
+            if used > self._used_max:
                 self.used_max = used
 
     def full(self) -> StoreFull:
@@ -196,11 +278,12 @@ class Arena:
         """Give `size` occupied bytes at `offset` (both multiples of PAGE) back to the system, or
         leave them to whoever occupies them next."""
         if not self.reserved:
-            self._punch(offset, size)
+            self.punch(offset, size)
         with self._lock:
             self.used -= size
 
-    def _punch(self, offset: int, size: int) -> None:
+    def punch(self, offset: int, size: int) -> None:
+        """Give this range back to the system; the account says nothing of it."""
         # Not MADV_REMOVE, which does the same, but not where memory is locked.
         if _libc.fallocate(self.fd, _PUNCH_HOLE, _off_t(offset), _off_t(size)) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -216,6 +299,7 @@ class Arena:
 
     def close(self) -> None:
         """Unmap and drop all. Nobody may use any part of the arena any more."""
+        self.figures.release()
         self.span_map.release()
         self.table.release()
         self.view.release()
@@ -246,27 +330,22 @@ def default_mem_limit(disksize: int) -> int:
     """What is reserved where nobody says how much, in bytes: half of what the device can hold, and
     its table. lz4 makes 2.5 of programs' memory (docs/performance.md); the rest is for what swap
     keeps though nobody needs it any more."""
-    return _round_up(disksize // 2 + disksize // 512, PAGE)
+    return round_up(disksize // 2 + disksize // 512, PAGE)
 
 
 def reserved_spans(disksize: int, limit: int) -> int:
     """How many spans fit into a reserve of `limit` bytes, with all that stands before them.
     BadValue: none."""
-    map_at = _map_at(disksize)
-    spans = (limit - map_at) // (SPAN + 1)
-    while spans > 0 and _round_up(map_at + spans, SPAN) + spans * SPAN > limit:
+    at = map_at(disksize)
+    spans = (limit - at) // (SPAN + 1)
+    while spans > 0 and round_up(at + spans, SPAN) + spans * SPAN > limit:
         spans -= 1
     if spans <= 0:
         raise BadValue(
             f"a mem_limit of {human(limit)} cannot be reserved for a device of {human(disksize)}",
-            hint=f"its table alone takes {human(map_at)}; half the disksize is usual",
+            hint=f"its table alone takes {human(at)}; half the disksize is usual",
         )
     return spans
-
-
-def _map_at(disksize: int) -> int:
-    """Where the span map begins: behind the header and the table."""
-    return PAGE + _round_up(disksize // PAGE * 8, PAGE)
 
 
 def _must_be_available(size: int) -> None:
@@ -293,10 +372,6 @@ def _create(path: Path | None) -> int:
         ) from error
     except OSError as error:
         raise NoMemory(f"cannot create the arena: {error}") from error
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
 
 
 def _pages(size: int) -> int:

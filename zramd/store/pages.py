@@ -6,8 +6,8 @@ A write of whole pages is five moves; what each makes impossible is what makes t
 2. Take objects. Refused (StoreFull): nothing has changed, no slot has been looked at. But first
    room is made, see `_with_room`.
 3. Copy the bytes in, under no lock: nobody else knows these objects.
-4. Swap the slot words under the slot lock, remembering the old ones. From here on readers see
-   the new pages; a process killed before this instruction leaves the old ones.
+4. Swap the slot words under the slot lock, each by one store, remembering the old ones. From here
+   on readers see the new pages; a process killed before a word's store leaves that page's old one.
 5. Give the old objects back, and count. Nobody can still be reading them: readers copy out under
    the slot lock, and the old words are gone.
 
@@ -30,16 +30,16 @@ and write in one hold of the lock. Lock order: compaction, slot, pool, the arena
 """
 
 import threading
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Final, TypeVar
 
 from zramd.errors import Corrupt, StoreFull
-from zramd.store import PAGE
-from zramd.store.arena import SPAN, Arena
+from zramd.store import PAGE, SPAN
+from zramd.store.arena import Arena
 from zramd.store.compaction import empty_leaving_spans
+from zramd.store.header import COMPACTED, HUGE_SINCE
 from zramd.store.pool import CLASSES, Pool
 from zramd.store.table import (
     ADDRESS_SHIFT,
@@ -48,6 +48,7 @@ from zramd.store.table import (
     INLINE,
     LENGTH_MASK,
     LENGTH_SHIFT,
+    LOST,
     SAME,
     SLOTS_PER_TABLE_PAGE,
     address_of,
@@ -83,7 +84,8 @@ _T = TypeVar("_T")
 
 @dataclass(slots=True)
 class Counters:
-    """What is stored, in pages and bytes; `same` and `huge` are disjoint parts of `pages`."""
+    """What is stored, in pages and bytes; `same` and `huge` are disjoint parts of `pages`. Those
+    that are LOST count as `same`."""
 
     pages: int = 0
     compressed_bytes: int = 0
@@ -170,8 +172,13 @@ class Pages:
         append = pages.append
         slot = start
         try:
-            for slot, blob in enumerate(blobs, start):  # noqa: B007 - used in the handler
+            for slot, blob in enumerate(blobs, start):
                 if isinstance(blob, int):
+                    if blob == LOST:
+                        raise Corrupt(
+                            f"page {slot} was lost when the device was recovered",
+                            hint="write it anew as a whole, or discard it",
+                        )
                     append(_ZEROS if blob <= FILL_ZERO else fill_of(blob) * (PAGE // 8))
                 elif len(blob) == PAGE:
                     append(blob)
@@ -235,7 +242,7 @@ class Pages:
             words, huge = self._stage(memoryview(page), partial(self.pool.take, larger=larger))
             try:
                 olds = self._swap_locked(slot, slot + 1, words)
-            except StoreFull:
+            except BaseException:
                 self._unstage(words)
                 raise
         self._settle(olds, words, huge)
@@ -301,10 +308,20 @@ class Pages:
         page = start // SLOTS_PER_TABLE_PAGE
         if not self.arena.table_pages.occupied[page]:
             self.arena.table_pages.occupy(page)
-        slots = self.arena.table[start:stop]
-        olds = slots.tolist()
-        slots[:] = memoryview(array("Q", words))
+        olds: list[int] = self.arena.table[start:stop].tolist()
+        self._store_locked(start, olds, words)
         return olds
+
+    def _store_locked(self, start: int, olds: list[int], news: list[int]) -> None:
+        """Replace words, each by one store. Interrupted (Ctrl-C), all are the old ones."""
+        table = self.arena.table
+        try:
+            for slot, word in enumerate(news, start):
+                table[slot] = word
+        except BaseException:
+            for slot, word in enumerate(olds, start):
+                table[slot] = word
+            raise
 
     def _settle(self, olds: list[int], news: list[int], huge: int) -> None:
         """Move 5: give back the objects of `olds` and count the change from `olds` to `news`."""
@@ -338,7 +355,9 @@ class Pages:
             counters.compressed_bytes += size
             counters.same += same
             counters.huge += huge - freed_huge
-            counters.huge_since += huge
+            if huge:
+                counters.huge_since += huge
+                self.arena.figures[HUGE_SINCE] = counters.huge_since
 
     # Making room
 
@@ -361,6 +380,7 @@ class Pages:
             given_back = self.pool.end_compaction()
             with self._count_lock:
                 self.counters.compacted += given_back
+                self.arena.figures[COMPACTED] = self.counters.compacted
         return given_back
 
     def _take(self, nowait: bool, lengths: list[int]) -> list[int]:
@@ -431,9 +451,9 @@ class Pages:
     def _empty_locked(self, start: int, stop: int) -> list[int]:
         """Zero the words of one table page's slots; an empty table page goes back."""
         table, pages = self.arena.table, self.arena.table_pages
-        olds = [word for word in self._words_locked(start, stop) if word]
-        if olds:
-            table[start:stop] = memoryview(array("Q", bytes((stop - start) * 8)))
+        olds = self._words_locked(start, stop)
+        if any(olds):
+            self._store_locked(start, olds, [0] * len(olds))
             page = start // SLOTS_PER_TABLE_PAGE
             base = page * SLOTS_PER_TABLE_PAGE
             if not any(table[base : base + SLOTS_PER_TABLE_PAGE]):

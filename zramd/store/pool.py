@@ -27,10 +27,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from zramd.errors import Corrupt, StoreFull
-from zramd.store import PAGE
-from zramd.store.arena import SPAN, Arena
+from zramd.store import PAGE, SPAN
+from zramd.store.arena import Arena
 
-PART: Final = SPAN // 4
+PARTS: Final = 4
+PART: Final = SPAN // PARTS
 """What a span is opened by, and charged."""
 
 UNIT: Final = 16
@@ -84,6 +85,18 @@ class Span:
         objects = range(self.base + first * size, self.base + self.capacity * size, size)
         self.free.extend(reversed(objects))
 
+    def restore(self, mask: int, parts: int) -> None:
+        """Open so many parts, with the objects in use that the mask says."""
+        size = CLASSES[self.cls]
+        self.opened = parts * PART
+        self.capacity = count = self.opened // size
+        if mask != (1 << count) - 1:
+            backwards = range(self.base + (count - 1) * size, self.base - 1, -size)
+            bits = f"{mask:0{count}b}"  # from the last object to the first
+            self.free = [
+                address for address, bit in zip(backwards, bits, strict=True) if bit == "0"
+            ]
+
     def close_part(self) -> None:
         """Take back the last `open_part`, whose objects are all free."""
         self.opened -= PART
@@ -124,6 +137,41 @@ class Pool:
         self._grown.clear()
         self._vacant.clear()
         self.leaving.clear()
+
+    def restore(self, named: dict[int, int]) -> int:
+        """Make the objects of a new pool those that are named: by the number of a span, whose class
+        stands in the span map, a mask with bit n set where object n is in use; no mask is 0.
+
+        Returns the bytes that the spans occupy, for the caller to charge. All but one of a class
+        are opened to the end; which one need not be, no mask tells: the one of which that saves
+        most. So they occupy no more than they did when the objects were taken. The one that was not
+        open to the end then is among those to choose from, its objects in what was open of it; or
+        nothing of it is named, and all others were open to the end.
+        """
+        arena, occupied = self._arena, 0
+        first = arena.spans_at >> NUMBER_SHIFT
+        parts = [PARTS for _ in CLASSES]
+        chosen = [-1 for _ in CLASSES]
+        for number, mask in named.items():
+            cls = arena.span_map[number - first] - 1
+            needed = -(-mask.bit_length() * CLASSES[cls] // PART)
+            if needed < parts[cls]:
+                parts[cls], chosen[cls] = needed, number
+        with self._lock:
+            for number, mask in named.items():
+                cls = arena.span_map[number - first] - 1
+                span = Span(number - first, number << NUMBER_SHIFT, cls)
+                span.restore(mask, parts[cls] if number == chosen[cls] else PARTS)
+                self.spans[span.index] = span
+                occupied += span.opened
+                self._free[cls] += len(span.free)
+                if span.free:
+                    self._partial[cls][span.index] = span
+                if span.opened < SPAN:
+                    self._newest[cls] = span
+            self._unused = max(self.spans, default=-1) + 1
+            self._vacant = [index for index in range(self._unused) if index not in self.spans]
+        return occupied
 
     def take(self, lengths: Iterable[int], *, larger: bool = False) -> list[int]:
         """Addresses of new objects of these lengths, in order. Raises StoreFull, taking none.

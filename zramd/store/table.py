@@ -1,6 +1,7 @@
 """The slot table: one little-endian 64-bit word per slot says where and what its page is.
 
     word == 0           empty: reads as zeros, a hole
+    word == 1 << 63 | 1 lost: the page that stood here cannot be trusted; reads as Corrupt
     bit 0 set           same-filled: bits 1..63 are the repeated word, sign-extended from bit 62
     bit 0 clear         an object in the pool:
         bits 1..7           flags: SAME, HUGE, IDLE, WRITTEN_BACK, INCOMPRESSIBLE, priority (2)
@@ -8,9 +9,13 @@
         bits 21..63         its address in the arena, in units of 16 bytes
 
 A 64-bit fill does not fit beside a flag. 63 bits hold all that occur in practice (zeros, ones,
-small numbers, pointers); any other fill is an object of its 8 bytes, flagged SAME.
+small numbers, pointers); any other fill is an object of its 8 bytes, flagged SAME. So is the fill
+whose inline word means a lost page; a lost page counts as same-filled, until it is overwritten or
+discarded.
 
-The word is the truth: the pool's free lists and all counters can be rebuilt from the table.
+The word is the truth: the pool's free lists and all counters can be rebuilt from the table
+(`recovery.py`). So each is stored by one aligned store, which no kill can cut: an assignment to one
+element of the table. An assignment to a slice is a memcpy, which may go byte by byte.
 """
 
 from typing import Final
@@ -32,13 +37,16 @@ ADDRESS_UNIT: Final = 16
 FILL_ZERO: Final = INLINE
 """The word of a page written as zeros: stored, but without an object."""
 
+LOST: Final = 1 << 63 | INLINE
+"""The word of a page that recovery could not trust."""
+
 _WORD_MASK: Final = (1 << 64) - 1
 
 
 def inline_fill(fill: bytes) -> int:
-    """The slot word for a page that repeats these 8 bytes; 0 where it does not fit 63 bits."""
+    """The slot word for a page that repeats these 8 bytes; 0 where there is none."""
     value = int.from_bytes(fill, "little", signed=True)
-    if not -(1 << 62) <= value < 1 << 62:
+    if not -(1 << 62) < value < 1 << 62:
         return 0
     return (value << 1 | INLINE) & _WORD_MASK
 

@@ -72,11 +72,8 @@ class Device:
         state, now = look(Paths(name).control_socket)
         attachment = attached(name)
         used_by = () if attachment is None else tuple(users(attachment.node))
-        try:
-            process = Paths(name).lock.read_text().strip()
-        except OSError:
-            process = ""
-        return cls(name, state, process, now, attachment, used_by)
+        process = Paths(name).worker()
+        return cls(name, state, str(process or ""), now, attachment, used_by)
 
 
 def device_names() -> list[str]:

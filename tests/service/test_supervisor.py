@@ -1,0 +1,333 @@
+"""A server whose worker dies goes on with the same pages; seen from outside, over its sockets."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests import places
+from tests.nbd.harness import RawClient, request, wait_for
+from tests.store.contents import noise, text
+from zramd.control.client import Control
+from zramd.errors import BadValue, NoServer, ServerFailed
+from zramd.nbd.address import TcpAddress, UnixAddress
+from zramd.nbd.wire import NBD_CMD_TRIM
+from zramd.service.runtime import Paths
+from zramd.service.supervisor import MOST_DEATHS
+from zramd.statistics import Statistics
+from zramd.store import PAGE
+
+ROOT = Path(__file__).parents[2]
+MIB = 1 << 20
+
+
+class Server:
+    """`zramd serve s0 ...`, and what can happen to it."""
+
+    def __init__(self, *arguments: str, reader_leaves: bool = False) -> None:
+        """`reader_leaves`: who reads its stderr does so until it is ready."""
+        self.paths = Paths("s0")
+        self.log = self.paths.dir.parent / "stderr"
+        with self.log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "zramd.cli", "serve", "s0", *arguments],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE if reader_leaves else stderr,
+                env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+            )
+        if self.process.stderr is not None:
+            while b" is served on " not in self.process.stderr.readline():
+                assert self.process.poll() is None
+            self.process.stderr.close()
+        else:
+            wait_for(lambda: self.said(" is served on ") or self.process.poll() is not None)
+
+    def said(self, words: str) -> int:
+        return self.log.read_text().count(words)
+
+    @property
+    def worker(self) -> int:
+        return self.paths.worker()
+
+    def kill_worker(self, signal_number: int = signal.SIGKILL) -> None:
+        """Returns when another serves."""
+        served = self.said(" is served on ")
+        os.kill(self.worker, signal_number)
+        wait_for(lambda: self.said(" is served on ") > served)
+
+    def client(self) -> RawClient:
+        return RawClient(UnixAddress(self.paths.nbd_socket))
+
+    def control(self) -> Control:
+        return Control(self.paths.control_socket)
+
+    def end(self, signal_number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(signal_number)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def start(monkeypatch) -> Iterator[type[Server]]:
+    with places.place(places.RUNTIME) as runtime:
+        monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(runtime))
+        started: list[Server] = []
+
+        def start(*arguments: str, **more: bool) -> Server:
+            started.append(Server(*(arguments or ("--disksize=64M",)), **more))
+            return started[-1]
+
+        yield start  # type: ignore[misc]
+        for server in started:
+            server.process.kill()
+            server.process.wait()
+        wait_for(lambda: not any(_lives(server.worker) for server in started))
+
+
+def _lives(process: int) -> bool:
+    try:
+        return process != 0 and " Z " not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+
+
+CONTENTS = {0: noise(1), 1: text(2), 2: b"12345678" * 512, 3: bytes(PAGE), 700: noise(3)}
+
+
+def write(server: Server) -> None:
+    with server.client() as client:
+        for page, content in CONTENTS.items():
+            client.write(page * PAGE, content)
+
+
+def check(server: Server) -> None:
+    with server.client() as client:
+        for page, content in CONTENTS.items():
+            assert client.read(page * PAGE, PAGE) == content, page
+        assert client.read(5 * PAGE, PAGE) == bytes(PAGE)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
+def test_the_pages_of_a_worker_that_died_are_there_and_can_be_written(start, how):
+    server = start()
+    write(server)
+    for _ in range(3):
+        before = server.worker
+        server.kill_worker(how)
+        assert server.worker != before
+        assert server.process.poll() is None
+        check(server)
+        write(server)
+    assert server.said("page ") == 0
+    assert server.end() == 0
+
+
+def test_attributes_limits_algorithm_and_statistics_survive(start):
+    server = start("--disksize=64M", "--algorithm=zstd(level=3)")
+    write(server)
+    with server.client() as client, server.control() as control:
+        control.set("mem_limit", "9M")
+        assert client.error(_beyond()) != 0
+        control.get("mm_stat")
+        before = control.statistics()
+    assert before.invalid_io == 1
+    server.kill_worker()
+    with server.control() as control:
+        after = control.statistics()
+        assert control.get("comp_algorithm") == "lz4 lz4hc [zstd] deflate"
+    assert after.mem_limit == 9 * MIB
+    # Free objects beside what is stored may be counted otherwise, by parts of spans.
+    assert _but_memory(after) == _but_memory(before)
+    assert server.end() == 0
+
+
+def _beyond() -> bytes:
+    return request(NBD_CMD_TRIM, 1 << 40, PAGE)
+
+
+def _but_memory(statistics: Statistics) -> Statistics:
+    return replace(statistics, mem_used_total=0, mem_used_max=0, openers=())
+
+
+def test_the_sockets_stay_and_who_connects_meanwhile_waits_and_is_not_refused(start, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = start(
+        "--disksize=64M", f"--listen=unix:{tmp_path}/more.sock", f"--listen=tcp:127.0.0.1:{port}"
+    )
+    inode = server.paths.nbd_socket.stat().st_ino
+    write(server)
+    for _ in range(3):
+        os.kill(server.worker, signal.SIGKILL)
+        check(server)  # at once
+        for address in (UnixAddress(tmp_path / "more.sock"), TcpAddress("127.0.0.1", port)):
+            with RawClient(address) as client:
+                assert client.read(0, PAGE) == CONTENTS[0]
+        with server.control() as control:
+            assert control.statistics().disksize == 64 * MIB
+    assert server.paths.nbd_socket.stat().st_ino == inode
+    assert server.end() == 0
+    assert list(tmp_path.iterdir()) == []
+    assert not server.paths.dir.exists()
+
+
+def test_what_was_reset_stays_reset_and_what_is_made_then_survives(start):
+    server = start()
+    write(server)
+    with server.control() as control:
+        control.reset()
+    server.kill_worker()
+    with server.control() as control:
+        assert control.statistics().disksize == 0
+        control.set("disksize", "8M")
+    write(server)
+    server.kill_worker()
+    check(server)
+    with server.control() as control:
+        assert control.statistics().disksize == 8 * MIB
+
+
+def test_a_reserved_arena_is_locked_by_the_supervisor_too_while_it_is_there(start):
+    server = start("--disksize=64M", "--mem-limit=16M", "--prealloc")
+    assert _locked(server.process.pid) >= 15 * 1024
+    write(server)
+    server.kill_worker()
+    check(server)
+    with server.control() as control:
+        assert control.statistics().mem_reserved >= 15 * MIB
+        control.reset()
+    assert _locked(server.process.pid) == 0
+
+
+def _locked(process: int) -> int:
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmLck:")[2].split()[0])
+
+
+def test_a_worker_that_dies_again_and_again_is_not_replaced_until_somebody_says_so(start):
+    server = start()
+    write(server)
+    for _ in range(MOST_DEATHS - 1):
+        server.kill_worker()
+    os.kill(server.worker, signal.SIGKILL)
+    wait_for(lambda: server.said("its pages are kept"))
+    assert server.said(f"kill -HUP {server.process.pid}")
+    wait_for(lambda: _refused(server))
+    with pytest.raises(NoServer):
+        server.control()
+    served = server.said(" is served on ")
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: server.said(" is served on ") > served)
+    check(server)
+    assert server.end() == 0
+
+
+def test_pages_that_are_kept_without_a_worker_are_given_up_on_demand(start):
+    server = start()
+    for _ in range(MOST_DEATHS - 1):
+        server.kill_worker()
+    os.kill(server.worker, signal.SIGKILL)
+    wait_for(lambda: server.said("its pages are kept"))
+    assert server.end() == ServerFailed.exit_code
+    assert server.said("its pages are given up")
+    assert not server.paths.dir.exists()
+
+
+def test_down_ends_a_server_that_has_no_worker_any_more(start):
+    server = start()
+    for _ in range(MOST_DEATHS - 1):
+        server.kill_worker()
+    os.kill(server.worker, signal.SIGKILL)
+    wait_for(lambda: server.said("its pages are kept"))
+    down = [sys.executable, "-m", "zramd.cli", "down", "s0"]
+    subprocess.run(down, cwd=ROOT, check=True, capture_output=True)
+    assert server.process.wait(30) == ServerFailed.exit_code
+    assert not server.paths.dir.exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, 40], ids=str)
+@pytest.mark.parametrize("more", [[], ["--for=mount"]], ids=["", "hardened"])
+def test_a_worker_is_replaced_though_nobody_reads_what_its_server_says(start, how, more):
+    server = start("--disksize=64M", *more, reader_leaves=True)
+    write(server)
+    for _ in range(2):
+        before = server.worker
+        os.kill(before, how)
+        wait_for(lambda before=before: server.worker not in (0, before))
+        check(server)
+    assert server.end() == 0
+
+
+def test_a_socket_file_that_was_removed_is_made_again(start):
+    server = start()
+    write(server)
+    server.paths.nbd_socket.unlink()
+    server.paths.control_socket.unlink()
+    server.kill_worker()
+    check(server)
+    with server.control() as control:
+        assert control.statistics().disksize == 64 * MIB
+
+
+def test_a_reset_device_is_not_made_again_by_who_begins_after_a_loop(start):
+    server = start()
+    with server.control() as control:
+        control.reset()
+    for _ in range(MOST_DEATHS - 1):
+        server.kill_worker()
+    os.kill(server.worker, signal.SIGKILL)
+    wait_for(lambda: server.said("its pages are kept"))
+    served = server.said(" is served on ")
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: server.said(" is served on ") > served)
+    with server.control() as control:
+        assert control.statistics().disksize == 0
+
+
+def _refused(server: Server) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(server.paths.nbd_socket)) != 0
+
+
+def test_a_worker_dies_with_its_supervisor(start):
+    server = start()
+    worker = server.worker
+    server.process.kill()
+    server.process.wait()
+    wait_for(lambda: not _lives(worker))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_end_ends_with_its_worker_also_the_second(start, how):
+    server = start()
+    server.kill_worker()
+    worker = server.worker
+    assert server.end(how) == 0
+    assert not _lives(worker)
+    assert not server.paths.dir.exists()
+
+
+def test_a_worker_that_cannot_begin_ends_its_server_with_its_error_and_status(start):
+    server = start("--disksize=1P")
+    assert server.process.wait(30) == BadValue.exit_code
+    assert server.said("too large") == 1
+    assert not server.paths.dir.exists()
+
+
+def test_a_server_in_use_that_was_told_to_end_serves_on_after_a_death_and_ends_when_left(start):
+    server = start("--disksize=64M", "--for=mount")
+    write(server)
+    with server.client() as first:
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: server.said("serving on until the last client has left"))
+        assert first.read(0, PAGE) == CONTENTS[0]
+        os.kill(server.worker, signal.SIGKILL)
+        with server.client() as second:  # waits until it is served
+            assert second.read(0, PAGE) == CONTENTS[0]
+    assert server.process.wait(30) == 0

@@ -1,0 +1,13 @@
+"""To be imported before asyncio, by a process that is to be small.
+
+asyncio imports OpenSSL where it finds it: 7 MiB of a server, for swap locked in memory, and nothing
+of it is used. It does without where there is none.
+"""
+
+import sys
+
+if "ssl" not in sys.modules:
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+    import asyncio  # noqa: F401
+
+    del sys.modules["ssl"]
