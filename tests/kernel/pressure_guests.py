@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.kernel import uml
 from tests.kernel.servers import ROOT
@@ -21,6 +21,8 @@ class Guest:
     mem_limit: int
     touched: int
     passes: int
+    kill_every_s: int = 0
+    """Of the guest's seconds: how often the worker is killed meanwhile; 0: never."""
 
     def run(self, server: str, limit_s: float = LIMIT_S) -> uml.Finished:
         return uml.run(
@@ -29,7 +31,11 @@ class Guest:
             *(str(self.touched), str(self.passes)),
             limit_s=limit_s,
             memory=f"{self.ram}M",
-            environment={"PYTHONPATH": os.fspath(ROOT), "ZRAMD_RUNTIME_DIR": "/run/z"},
+            environment={
+                "PYTHONPATH": os.fspath(ROOT),
+                "ZRAMD_RUNTIME_DIR": "/run/z",
+                "KILL_EVERY_S": str(self.kill_every_s),
+            },
             directory=ROOT,
         )
 
@@ -37,6 +43,7 @@ class Guest:
 # All that the kernel may have on swap takes a third of the disksize: the data compresses 2.98:1.
 QUARTER_MORE = Guest(ram=256, disksize=336, mem_limit=120, touched=320, passes=1)
 TWICE = Guest(ram=512, disksize=1030, mem_limit=360, touched=1024, passes=0)
+KILLED = replace(QUARTER_MORE, kill_every_s=15)
 # The store is full long before the swap is.
 FULL = Guest(ram=256, disksize=400, mem_limit=60, touched=320, passes=1)
 

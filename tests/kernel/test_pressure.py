@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import require
 from tests.kernel import uml
-from tests.kernel.pressure_guests import FULL, QUARTER_MORE, TWICE, result_of
+from tests.kernel.pressure_guests import FULL, KILLED, QUARTER_MORE, TWICE, result_of
 from tests.kernel.servers import SERVERS
 from tests.kernel.under_pressure import Result
 
@@ -23,7 +23,9 @@ GUESTS = {
     **{f"full, {server}": (FULL, server) for server in SERVERS},
     **{f"twice the RAM, {server}": (TWICE, server) for server in SERVERS},
 }
+WHILE_KILLED = "a quarter more than RAM, zramd, its worker killed"
 FITS = [name for name in GUESTS if not name.startswith("full")]
+GUESTS[WHILE_KILLED] = (KILLED, "zramd")
 IS_FULL = [name for name in GUESTS if name.startswith("full")]
 
 
@@ -61,6 +63,16 @@ def test_a_program_that_needs_more_than_the_ram_comes_to_its_end_and_nobody_is_k
 def test_afterwards_the_guest_responds_and_its_swap_can_be_turned_off(pressed, name):
     result = pressed(name)
     assert result.responds_s >= 0
+    assert result.swapoff_s >= 0
+
+
+@pytest.mark.parametrize("name", [WHILE_KILLED])
+def test_a_worker_that_is_killed_when_there_is_no_memory_is_replaced(pressed, name):
+    """Its successor needs memory, and so may whoever has to write down that it has come."""
+    result = pressed(name)
+    assert result.kills >= 2
+    assert result.program == 0  # it has found all of its memory right
+    assert result.killed == 0
     assert result.swapoff_s >= 0
 
 

@@ -4,8 +4,9 @@
 
 SERVER is one of ours (tests.kernel.servers.SERVERS), or one of PEERS, for which MEM_LIMIT is
 nothing. pressure.py touches MIB of memory, PASSES times; meanwhile we hold 8 MiB of our own, which
-is swapped out early, and verify it at the end. What happens is printed as it does, since a guest
-that hangs tells nothing more; the last line is a `Result` as JSON.
+is swapped out early, and verify it at the end. With KILL_EVERY_S in the environment the server's
+worker is killed that often. What happens is printed as it does, since a guest that hangs tells
+nothing more; the last line is a `Result` as JSON.
 
 The code of the programs is kept in memory. Where it is not, a guest whose swap is full throws pages
 of it away and reads them again, for ever: each page thrown away is progress to the kernel, which
@@ -16,8 +17,10 @@ import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -52,6 +55,8 @@ class Result:
     killed: int = 0
     """How many processes the kernel has killed for want of memory."""
     write_errors: int = 0
+    kills: int = 0
+    """How often we have killed the worker."""
     responds_s: float = -1
     """How long starting a program took afterwards."""
     swapoff_s: float = -1
@@ -114,6 +119,18 @@ def begin(server: str, disksize: str, mem_limit: str) -> None:
         run("swapon", "--discard", "--priority", "100", NODE)
 
 
+def kill_workers(program: subprocess.Popen[str], every_s: int, result: Result) -> None:
+    """As long as the program runs."""
+    lock = Path(os.environ["ZRAMD_RUNTIME_DIR"], "s/lock")
+    while True:
+        time.sleep(every_s)
+        if program.poll() is not None:
+            return
+        os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+        result.kills += 1
+        say(f"worker killed, {result.kills}")
+
+
 def main() -> None:
     server, disksize, mem_limit, mib, passes = sys.argv[1:]
     ours = server not in PEERS
@@ -131,6 +148,10 @@ def main() -> None:
     )
     Path(f"/proc/{program.pid}/oom_score_adj").write_text("500")
     assert program.stdout is not None
+    every_s = int(os.environ.get("KILL_EVERY_S", "0"))
+    if every_s:
+        arguments = (program, every_s, result)
+        threading.Thread(target=kill_workers, args=arguments, daemon=True).start()
     for line in program.stdout:
         say(line.rstrip())
         phase = re.match(r"(.+): ([\d.]+) MiB/s", line)

@@ -1,5 +1,6 @@
 """zramd down: the reverse of up, in the reverse order; whatever of it still stands."""
 
+import contextlib
 import os
 import signal
 import time
@@ -73,7 +74,8 @@ def stop(name: str, *, leave_s: float = _LEAVE_S) -> None:
         return
     except ServerExists:
         if silent and server:  # it keeps the pages of a worker that died again and again
-            os.kill(server, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(server, signal.SIGTERM)
     try:
         claim(name, wait_s=_END_S).release()
     except ServerExists:

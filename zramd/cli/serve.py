@@ -12,7 +12,7 @@ import click
 from zramd import sizes, without_ssl  # noqa: F401 - it is what it does that counts
 from zramd.cli.options import config_of, device_options, name_argument, talk
 from zramd.kernel import attach
-from zramd.service import systemd, worker
+from zramd.service import hardening, systemd, worker
 from zramd.service.runtime import claim
 from zramd.service.supervisor import supervise
 
@@ -53,6 +53,8 @@ def command(name: str, file: Path | None, background: bool, **options: Any) -> N
         reserved = zram.statistics().mem_reserved
         if reserved and not link.takes_over:
             talk(f"{sizes.human(reserved)} of RAM are reserved for {name}")
+        if config.use:
+            hardening.log_beside()
         worker.run(
             *(zram, config, held.paths, link),
             passed=passed,

@@ -26,7 +26,7 @@ from zramd.kernel import nbd, tools
 from zramd.kernel.state import User, mounts, processes_in, swaps, users
 
 MIN_FREE_KIB: Final = 4096
-"""The least vm.min_free_kbytes for swap: real-time tasks may take half of it where others get no
+"""The least vm.min_free_kbytes for swap: real-time tasks may take part of it where others get no
 memory any more, and that is what a server answers from. With 512 a guest hung, with its own 2000 it
 came through each time (docs/swap.md). From 1 GiB of RAM on, the kernel's own is as much."""
 

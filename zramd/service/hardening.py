@@ -18,10 +18,13 @@ lives long has been made.
 Each returns what could not be had, a line each: fatal for swap, worth saying otherwise.
 """
 
+import atexit
 import ctypes
 import gc
 import logging
+import logging.handlers
 import os
+import queue
 import re
 import stat
 import threading
@@ -95,6 +98,17 @@ def start_threads(executor: ThreadPoolExecutor, count: int) -> None:
         raise ServerFailed(f"no threads can be made: {error}", hint="raise its limit") from error
     for thread in started:
         thread.result()
+
+
+def log_beside() -> None:
+    """Have a thread of its own wait for where the log goes: whoever reads our stderr, or a file in
+    a tmpfs, may be on our swap."""
+    root = logging.getLogger()
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    writer = logging.handlers.QueueListener(lines, *root.handlers)
+    root.handlers[:] = [logging.handlers.QueueHandler(lines)]
+    writer.start()
+    atexit.register(writer.stop)
 
 
 def settle() -> None:

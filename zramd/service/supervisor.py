@@ -237,7 +237,7 @@ class _Supervisor:
         answer = _OK
         try:
             if verb == "ready":
-                self._begin()
+                pass
             elif verb == "ending":
                 self._ending = True
             else:
@@ -250,10 +250,13 @@ class _Supervisor:
             self._socket.send(answer)
         except OSError:
             pass  # it has died meanwhile
+        if verb == "ready":
+            self._begin()
         return True
 
     def _begin(self) -> None:
-        """A worker is ready."""
+        """A worker is ready, and has been answered: it does not wait for the files that we touch,
+        whose pages may be on swap that it serves."""
         if self._log is not None and not self._was_ready:
             go_to_background(self._log)
         self._was_ready = True

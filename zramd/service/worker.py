@@ -186,7 +186,7 @@ async def _serve(
             _log.info("%s", line)
         else:
             link.ready()
-            _say(line)
+            _log.info("%s", line)
         for page in _lost:
             _log.error("page %d of %s is lost: reading it is an I/O error", page, zram.name)
         manager.tell(READY="1", STATUS=line)
@@ -238,10 +238,3 @@ def _line(zram: Zram, paths: Paths, config: Config) -> str:
     now = zram.statistics()
     where = ", ".join([str(paths.nbd_socket), *map(str, config.listen)])
     return f"{zram.name} ({sizes.human(now.disksize)}, {now.algorithm}) is served on {where}"
-
-
-def _say(line: str) -> None:
-    try:
-        print(f"zramd: {line}", file=sys.stderr, flush=True)
-    except OSError:
-        pass  # who has read it so far is gone, and those who are served are not
