@@ -609,7 +609,7 @@ def test_detach_clears_what_a_killed_server_left(device: Device) -> None:
 
 def test_detach_ends_a_request_that_a_killed_server_left_hanging(device: Device) -> None:
     node = device.attach()
-    device.server.send_signal(signal.SIGSTOP)
+    os.kill(Paths(device.name).worker(), signal.SIGSTOP)
     reader = subprocess.Popen(["dd", f"if={node}", "of=/dev/null", "iflag=direct", "count=1"])
     servers.wait_for(lambda: inflight(node) != ["0", "0"], "a request under way")
     servers.kill(device.server)
@@ -624,7 +624,7 @@ def test_down_clears_a_mount_whose_server_was_killed(
     node = device.attach()
     use.mount(node, directory, fstype)
     (directory / "dirty").write_bytes(os.urandom(8 * MIB))
-    device.server.send_signal(signal.SIGSTOP)
+    os.kill(Paths(device.name).worker(), signal.SIGSTOP)
     syncing = subprocess.Popen(["sync", "-f", directory])
     servers.wait_for(lambda: inflight(node) != ["0", "0"], "a write under way")
     servers.kill(device.server)

@@ -17,9 +17,9 @@ from tests.conftest import require
 from tests.kernel import uml
 from tests.kernel.servers import ROOT, SERVERS
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(660)]
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(960)]
 
-_LIMIT_S = 600
+_LIMIT_S = 900
 _CHECK_S = {"in_guest": 60, "in_killed": 280}
 _GUESTS = [("in_killed", "zramd"), *(("in_guest", server) for server in SERVERS)]
 _RESULT = re.compile(r"in_\w+\.py::(\w+)\S* .*?\b(PASSED|FAILED|ERROR|SKIPPED)\b")

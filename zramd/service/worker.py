@@ -47,9 +47,9 @@ _GRACE_S: Final = 10.0
 """How long a device whose worker died is not taken for unused: clients have to connect again."""
 _GRACE_POLL_S: Final = 0.1
 
-_lost: list[int] = []
-"""The pages that did not survive; said when the kernel is connected again, since the log may lie on
-what it waits for."""
+_to_say: list[str] = []
+"""What there is to say of a takeover, when the kernel is connected again: the log may lie on what
+it waits for."""
 
 ARENA: Final = "arena"
 _CONTROL: Final = "control"
@@ -69,7 +69,10 @@ def build(name: str, config: Config, link: Link | None = None) -> tuple[Zram, li
     missing = []
     if config.use:
         missing = (hardening.prepare() if link is None else link.missing) + hardening.lock()
-    if missing and config.use == "swap" and not config.allow_deadlock:
+    if link is not None and link.takes_over:
+        # Less hardened is better than not there: the swap is in use.
+        _to_say.extend(f"{name} has to do without {what} from now on" for what in missing)
+    elif missing and config.use == "swap" and not config.allow_deadlock:
         raise NotHardened(
             f"swap on {name} could deadlock: there is no {'; no '.join(missing)}",
             hint="run it as root with these capabilities, or say --allow-deadlock",
@@ -104,7 +107,8 @@ def _take_over(zram: Zram, link: Link) -> None:
     descriptor = link.kept.pop(ARENA, None)
     if descriptor is None:  # it had been reset
         return
-    _lost.extend(zram.adopt(descriptor))
+    for page in zram.adopt(descriptor):
+        _to_say.append(f"page {page} of {zram.name} is lost: reading it is an I/O error")
 
 
 def run(
@@ -187,8 +191,8 @@ async def _serve(
         else:
             link.ready()
             _log.info("%s", line)
-        for page in _lost:
-            _log.error("page %d of %s is lost: reading it is an I/O error", page, zram.name)
+        for said in _to_say:
+            _log.error("%s", said)
         manager.tell(READY="1", STATUS=line)
         if config.use:
             hardening.settle()

@@ -112,18 +112,7 @@ class Arena:
             _must_be_available(self.size)
         self._path = path
         self.fd = _create(path)  # last of what can fail alone: from here on there is much to undo
-        try:
-            os.ftruncate(self.fd, self.size)
-            self._map()
-            self.punch(0, PAGE)  # see that memory goes back
-            if reserve:
-                self.hold()
-        except NoMemory:
-            self._drop()
-            raise
-        except (OSError, OverflowError, ValueError) as error:
-            self._drop()
-            raise self._no_map(error) from error
+        self._map(new=True)
         self._view()
         packed = header.pack()
         self.map[len(MAGIC) : len(packed)] = packed[len(MAGIC) :]
@@ -148,16 +137,7 @@ class Arena:
         self._plan(header)
         self._path = None
         self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-        try:
-            self._map()
-            if self.reserved:
-                self.hold()
-        except NoMemory:
-            self._drop()
-            raise
-        except (OSError, OverflowError, ValueError) as error:
-            self._drop()
-            raise self._no_map(error) from error
+        self._map(new=False)
         self._view()
         limit, most = figure(self.figures, MEM_LIMIT), header.reserved_limit
         self.limit = most if most and not 0 < limit <= most else limit
@@ -179,12 +159,26 @@ class Arena:
         self.table_pages = Region(self, PAGE, _pages(self.slots * 8))
         self.map_pages = Region(self, header.map_at, _pages(self.spans))
 
-    def _map(self) -> None:
-        self.map = mmap.mmap(self.fd, self.size)
+    def _map(self, *, new: bool) -> None:
+        """Map the file, and hold what is reserved; all or nothing. Raises NoMemory."""
         try:
-            self.map.madvise(mmap.MADV_NOHUGEPAGE)  # memory is to come page by page
-        except OSError:
-            pass  # a kernel without huge pages
+            if new:
+                os.ftruncate(self.fd, self.size)
+            self.map = mmap.mmap(self.fd, self.size)
+            try:
+                self.map.madvise(mmap.MADV_NOHUGEPAGE)  # memory is to come page by page
+            except OSError:
+                pass  # a kernel without huge pages
+            if new:
+                self.punch(0, PAGE)  # see that memory goes back
+            if self.reserved:
+                self.hold()
+        except NoMemory:
+            self._drop()
+            raise
+        except (OSError, OverflowError, ValueError) as error:
+            self._drop()
+            raise self._no_map(error) from error
 
     def _no_map(self, error: Exception) -> NoMemory:
         if isinstance(error, OSError) and error.errno == errno.EAGAIN:
