@@ -133,9 +133,11 @@ class Zramd:
 
 
 def alive(process: int) -> bool:
+    """Whether any thread of it is: until then its sockets listen."""
     try:
-        return " Z " not in Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
+        is_zombie = " Z " in Path(f"/proc/{process}/stat").read_text()
+        return not is_zombie or len(os.listdir(f"/proc/{process}/task")) > 1
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
