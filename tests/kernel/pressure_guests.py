@@ -43,7 +43,8 @@ class Guest:
 # All that the kernel may have on swap takes a third of the disksize: the data compresses 2.98:1.
 QUARTER_MORE = Guest(ram=256, disksize=336, mem_limit=120, touched=320, passes=1)
 TWICE = Guest(ram=512, disksize=1030, mem_limit=360, touched=1024, passes=0)
-KILLED = replace(QUARTER_MORE, kill_every_s=15)
+# Never five deaths within a minute, which the supervisor would take for a loop.
+KILLED = replace(QUARTER_MORE, kill_every_s=16)
 # The store is full long before the swap is.
 FULL = Guest(ram=256, disksize=400, mem_limit=60, touched=320, passes=1)
 

@@ -70,7 +70,7 @@ def test_afterwards_the_guest_responds_and_its_swap_can_be_turned_off(pressed, n
 def test_a_worker_that_is_killed_when_there_is_no_memory_is_replaced(pressed, name):
     """Its successor needs memory, and so may whoever has to write down that it has come."""
     result = pressed(name)
-    assert result.kills >= 2
+    assert result.kills >= 1
     assert result.program == 0  # it has found all of its memory right
     assert result.killed == 0
     assert result.swapoff_s >= 0
