@@ -62,6 +62,19 @@ class Server:
         os.kill(self.worker, signal_number)
         wait_for(lambda: self.said(" is served on ") > served)
 
+    def wear_out(self) -> None:
+        """Kill workers until no other is started."""
+        for _ in range(MOST_DEATHS - 1):
+            self.kill_worker()
+        os.kill(self.worker, signal.SIGKILL)
+        wait_for(lambda: self.said("its pages are kept"))
+
+    def begin_again(self) -> None:
+        """Have one started all the same; returns when it serves."""
+        served = self.said(" is served on ")
+        self.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: self.said(" is served on ") > served)
+
     def client(self) -> RawClient:
         return RawClient(UnixAddress(self.paths.nbd_socket))
 
@@ -213,27 +226,19 @@ def _locked(process: int) -> int:
 def test_a_worker_that_dies_again_and_again_is_not_replaced_until_somebody_says_so(start):
     server = start()
     write(server)
-    for _ in range(MOST_DEATHS - 1):
-        server.kill_worker()
-    os.kill(server.worker, signal.SIGKILL)
-    wait_for(lambda: server.said("its pages are kept"))
+    server.wear_out()
     assert server.said(f"kill -HUP {server.process.pid}")
     wait_for(lambda: _refused(server))
     with pytest.raises(NoServer):
         server.control()
-    served = server.said(" is served on ")
-    server.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: server.said(" is served on ") > served)
+    server.begin_again()
     check(server)
     assert server.end() == 0
 
 
 def test_pages_that_are_kept_without_a_worker_are_given_up_on_demand(start):
     server = start()
-    for _ in range(MOST_DEATHS - 1):
-        server.kill_worker()
-    os.kill(server.worker, signal.SIGKILL)
-    wait_for(lambda: server.said("its pages are kept"))
+    server.wear_out()
     assert server.end() == ServerFailed.exit_code
     assert server.said("its pages are given up")
     assert not server.paths.dir.exists()
@@ -241,10 +246,7 @@ def test_pages_that_are_kept_without_a_worker_are_given_up_on_demand(start):
 
 def test_down_ends_a_server_that_has_no_worker_any_more(start):
     server = start()
-    for _ in range(MOST_DEATHS - 1):
-        server.kill_worker()
-    os.kill(server.worker, signal.SIGKILL)
-    wait_for(lambda: server.said("its pages are kept"))
+    server.wear_out()
     down = [sys.executable, "-m", "zramd.cli", "down", "s0"]
     subprocess.run(down, cwd=ROOT, check=True, capture_output=True)
     assert server.process.wait(30) == ServerFailed.exit_code
@@ -279,13 +281,8 @@ def test_a_reset_device_is_not_made_again_by_who_begins_after_a_loop(start):
     server = start()
     with server.control() as control:
         control.reset()
-    for _ in range(MOST_DEATHS - 1):
-        server.kill_worker()
-    os.kill(server.worker, signal.SIGKILL)
-    wait_for(lambda: server.said("its pages are kept"))
-    served = server.said(" is served on ")
-    server.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: server.said(" is served on ") > served)
+    server.wear_out()
+    server.begin_again()
     with server.control() as control:
         assert control.statistics().disksize == 0
 

@@ -43,6 +43,7 @@ from typing import Final, NoReturn
 from zramd.errors import ServerFailed
 from zramd.service import hardening, systemd
 from zramd.service.runtime import Claim
+from zramd.store.arena import lock_in_memory
 
 MOST_DEATHS: Final = 5
 DEATHS_S: Final = 60.0
@@ -51,6 +52,9 @@ PAUSES_S: Final = (0.0, 0.2, 1.0, 5.0)
 
 _ALIVE_S: Final = 10.0
 """How often the watchdog hears of us while there is no worker."""
+
+ARENA: Final = "arena"
+"""The name of the one thing that is kept when there will be no worker for a while."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _MESSAGE: Final = 4096
@@ -307,7 +311,7 @@ class _Supervisor:
 
     def _rest(self, how: str) -> None:
         """Move 4. Returns when it is to begin again."""
-        for name in [name for name in self._kept if name != "arena"]:
+        for name in [name for name in self._kept if name != ARENA]:
             self._drop(name)
         self._held.adopt()
         self._say_it()
@@ -341,14 +345,8 @@ class _Supervisor:
 
 def _locked(descriptor: int) -> mmap.mmap:
     """This memory, mapped and locked. Raises OSError."""
-    size = os.fstat(descriptor).st_size
-    memory = mmap.mmap(descriptor, size)
-    here = ctypes.c_char.from_buffer(memory)
-    try:
-        if _libc.mlock(ctypes.c_void_p(ctypes.addressof(here)), ctypes.c_size_t(size)) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    finally:
-        del here  # or the map could not be closed
+    memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+    lock_in_memory(memory)
     return memory
 
 

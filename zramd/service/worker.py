@@ -37,7 +37,7 @@ from zramd.nbd.server import THREADS, Server, address_of
 from zramd.service import hardening, systemd
 from zramd.service.config import Config
 from zramd.service.runtime import Paths
-from zramd.service.supervisor import Link, go_to_background
+from zramd.service.supervisor import ARENA, Link, go_to_background
 from zramd.service.upkeep import upkeep
 
 _HELPERS: Final = 2
@@ -51,9 +51,8 @@ _to_say: list[str] = []
 """What there is to say of a takeover, when the kernel is connected again: the log may lie on what
 it waits for."""
 
-ARENA: Final = "arena"
 _CONTROL: Final = "control"
-"""Names of what the supervisor keeps, beside the sockets for NBD."""
+"""The name of what the supervisor keeps, beside the arena and the sockets for NBD."""
 
 _log = logging.getLogger(__name__)
 
@@ -186,11 +185,8 @@ async def _serve(
         if background and not takes_over:
             print(f"zramd: {line}", file=sys.stderr, flush=True)
             go_to_background(paths.log)  # as our supervisor does when it hears that we are ready
-            link.ready()
-            _log.info("%s", line)
-        else:
-            link.ready()
-            _log.info("%s", line)
+        link.ready()
+        _log.info("%s", line)
         for said in _to_say:
             _log.error("%s", said)
         manager.tell(READY="1", STATUS=line)

@@ -234,19 +234,14 @@ class Arena:
         except OSError:  # an old kernel, or no memory: which of them, writing tells
             for page in range(0, self.size, PAGE):
                 self.map[page] = self.map[page]
-        here = ctypes.c_char.from_buffer(self.map)
         try:
-            start = ctypes.c_void_p(ctypes.addressof(here))
-            locked = _libc.mlock(start, ctypes.c_size_t(self.size))
-            number = ctypes.get_errno()
-        finally:
-            del here  # or the map could not be closed
-        if locked != 0:
+            lock_in_memory(self.map)
+        except OSError as error:
             raise NoMemory(
-                f"{human(self.size)} cannot be locked in memory: {os.strerror(number)}",
+                f"{human(self.size)} cannot be locked in memory: {error.strerror}",
                 hint="raise RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=infinity), give it CAP_IPC_LOCK,"
                 " or do not preallocate",
-            )
+            ) from error
 
     def occupy(self, size: int) -> None:
         """Charge `size` bytes about to be touched. Raises StoreFull, having charged nothing."""
@@ -318,6 +313,17 @@ class Region:
         """Give this page, all zeros, back; the caller holds the lock that guards it."""
         self.occupied[page] = 0
         self._arena.vacate(self._offset + page * PAGE, PAGE)
+
+
+def lock_in_memory(memory: mmap.mmap) -> None:
+    """mlock(2) all of this map, for this process. Raises OSError."""
+    here = ctypes.c_char.from_buffer(memory)
+    try:
+        start = ctypes.c_void_p(ctypes.addressof(here))
+        if _libc.mlock(start, ctypes.c_size_t(len(memory))) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally:
+        del here  # or the map could not be closed
 
 
 def default_mem_limit(disksize: int) -> int:
