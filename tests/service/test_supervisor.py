@@ -48,6 +48,8 @@ class Server:
             self.process.stderr.close()
         else:
             wait_for(lambda: self.said(" is served on ") or self.process.poll() is not None)
+        # The supervisor writes down who serves when it has answered him.
+        wait_for(lambda: self.worker != self.process.pid or self.process.poll() is not None)
 
     def said(self, words: str) -> int:
         return self.log.read_text().count(words)
@@ -57,10 +59,10 @@ class Server:
         return self.paths.worker()
 
     def kill_worker(self, signal_number: int = signal.SIGKILL) -> None:
-        """Returns when another serves."""
-        served = self.said(" is served on ")
-        os.kill(self.worker, signal_number)
-        wait_for(lambda: self.said(" is served on ") > served)
+        """Returns when another serves, and stands in the lock file."""
+        before, served = self.worker, self.said(" is served on ")
+        os.kill(before, signal_number)
+        wait_for(lambda: self.said(" is served on ") > served and self.worker != before)
 
     def wear_out(self) -> None:
         """Kill workers until no other is started."""
@@ -74,6 +76,7 @@ class Server:
         served = self.said(" is served on ")
         self.process.send_signal(signal.SIGHUP)
         wait_for(lambda: self.said(" is served on ") > served)
+        wait_for(lambda: self.worker != self.process.pid)
 
     def client(self) -> RawClient:
         return RawClient(UnixAddress(self.paths.nbd_socket))
