@@ -1114,7 +1114,7 @@ def test_statistics_and_attributes_can_be_read_while_a_reset_waits(zram, opener)
 
 
 def test_a_reset_that_fails_lets_go_of_its_claim(zram, monkeypatch):
-    def fail(self) -> None:
+    def fail(self, *, keep: bool) -> None:
         raise RuntimeError
 
     zram.init(4096)

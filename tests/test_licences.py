@@ -22,8 +22,9 @@ LISTED = dict(
 def licence(package: str) -> str:
     """What the package says of itself, as an SPDX expression."""
     told = metadata.metadata(package)
-    if told["License-Expression"]:
-        return told["License-Expression"]
+    for name in (told["License-Expression"], told["License"]):
+        if name and re.fullmatch(r"[A-Z][\w.+]*(-[\w.+]+)+", name):
+            return name
     classifiers = told.get_all("Classifier") or []
     text = " ".join([told["License"] or "", *(c for c in classifiers if "License" in c)])
     assert "BSD" in text, f"{package}: {text}"

@@ -81,7 +81,7 @@ class Store(schedules.Shared):
         self._use()
         return Counters()
 
-    def close(self) -> None:
+    def close(self, *, keep: bool) -> None:
         self.touch(change=True)
         assert not self._freed, "I6: freed twice"
         assert world.resetters, "I6: freed by somebody else than a resetter"
@@ -391,14 +391,14 @@ FAULTS = {
         "I4",
         Zram._deinit_locked,
         (
-            ("self._gate.close()\n", "self._gate.close()\n        meta.close()\n"),
-            ("        meta.close()\n        heap.trim()", "        pass"),
+            ("self._gate.close()\n", "self._gate.close()\n        meta.close(keep=keep)\n"),
+            ("    meta.close(keep=keep)\n        finally", "    pass\n        finally"),
         ),
     ),
     "freeing twice": Fault(
         "a request, two resets",
         "I6",
-        Zram.reset,
+        Zram._reset,
         (
             ("if not self._reset_lock.acquire(blocking=force):", "if False:"),
             ("self._reset_lock.release()", "pass"),
@@ -467,7 +467,7 @@ FAULTS = {
         (("if self._claimed:", "if False:"),),
     ),
     "a claim that is not dropped": Fault(
-        "two newcomers, a reset", "I7", Zram.reset, (("self._claimed = False", "pass"),)
+        "two newcomers, a reset", "I7", Zram._reset, (("self._claimed = False", "pass"),)
     ),
     "a gate that stays closed when a reset is interrupted": Fault(
         "two requests, a reset interrupted",

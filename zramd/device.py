@@ -9,8 +9,9 @@ Init (`init`, what writing disksize does), under init_lock:
 3. Tell who keeps arenas (`on_arena`): what is written from now on can be adopted after a crash.
 4. Publish it; then, last, open the gate.
 
-Adopt (`adopt`) is an init of which move 2 takes an arena whose process was killed, with all that
-the arena says of its device, and without move 3: who keeps it has it.
+Adopt (`adopt`, and `load` of a file) is an init of which move 2 takes an arena whose process has
+ended, with all that the arena says of its device. `restore` is one that makes such an arena of a
+snapshot.
 
 Reset (`reset`), one at a time:
 1. Claim. Open, or being reset: DeviceBusy naming who is in the way, nothing changed. With force, go
@@ -19,7 +20,8 @@ Reset (`reset`), one at a time:
 3. Drain: wait for the requests inside, each once. Interrupted, open the gate again: nothing is lost
    yet. Then close the openers for good: the gate will open again, for a generation that is not
    theirs.
-4. Free meta and comp; clear limits, parameters and statistics; tell who keeps arenas to drop his,
+4. Free meta and comp, a file of the user's too, unless this is the end of the device (`close`),
+   which seals that; clear limits, parameters and statistics; tell who keeps arenas to drop his,
    which is what frees the memory then. A re-init waits on init_lock meanwhile, so two tables never
    exist at once. Killed before he is told, the reset has not been.
 5. Drop init_lock and tell the outside world (`on_reset`): connections end. The claim still stands:
@@ -36,15 +38,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from zramd import heap, sizes
-from zramd.errors import BadValue, DeviceBusy, NoMemory, NotInitialised, NotSupported
+from zramd.errors import BadArena, BadValue, DeviceBusy, NoMemory, NotInitialised, NotSupported
 from zramd.gate import Gate
 from zramd.opener import IoCounts, Opener
 from zramd.statistics import Statistics
 from zramd.store import PAGE
 from zramd.store.arena import Arena, default_mem_limit
+from zramd.store.image import find, unpack, unseal
 from zramd.store.pages import Counters, Pages
 from zramd.store.recovery import recover
 from zramd.store.zcomp import NAMES, Algorithm, Comp
@@ -54,10 +58,12 @@ DEFAULT_ALGORITHM: Final = Algorithm("lz4")
 
 
 class Zram:
-    """A device called `name`, not initialised. Any number of threads may call."""
+    """A device called `name`, not initialised. Any number of threads may call. `path`: its arenas
+    are kept in this file of the user's, and not in memory."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, path: Path | None = None) -> None:
         self.name = name
+        self._path = path
         self.on_reset: list[Callable[[], None]] = []
         """Called by a reset that has closed openers when all is freed, in its thread, before anyone
         can open the device again. They must not block, and not call the device."""
@@ -102,7 +108,12 @@ class Zram:
                 limit = self._mem_limit
                 if self._prealloc and not limit:
                     limit = default_mem_limit(disksize)
-                arena = Arena(disksize, str(self._algorithm), limit=limit, reserve=self._prealloc)
+                arena = Arena(
+                    *(disksize, str(self._algorithm)),
+                    limit=limit,
+                    reserve=self._prealloc,
+                    path=self._path,
+                )
                 try:
                     meta = Pages(arena, comp)
                     self.on_arena(arena.fd)
@@ -116,7 +127,7 @@ class Zram:
             self._publish_locked(meta)
 
     def adopt(self, fd: int) -> list[int]:
-        """Go on with the arena that `fd` is open on, whose process was killed: content, disksize,
+        """Go on with the arena that `fd` is open on, whose process has ended: content, disksize,
         algorithm, limits and statistics are its own. Nobody else may use it.
 
         Returns the slots whose content was damaged, ascending: their pages read as Corrupt until
@@ -128,23 +139,68 @@ class Zram:
         """
         with self._init_lock:
             self._must_be_new()
+            return self._adopt_locked(fd, lambda _: None)
+
+    def load(self, wait_s: float = 0) -> list[int] | None:
+        """Go on with what is in the device's file; None where there is no such file. Waits so long
+        for another server of it to end.
+
+        Returns and raises what `adopt` does, DeviceBusy also where that server does not end.
+        """
+        with self._init_lock:
+            self._must_be_new()
+            assert self._path is not None, "the device has a file"
             try:
-                arena = Arena.adopt(fd)
-                try:
-                    algorithm = Algorithm.parse(arena.header.algorithm)
-                    meta, lost = recover(arena, Comp(algorithm))
-                except BaseException:
-                    arena.close()
-                    raise
-            except MemoryError as error:
-                raise NoMemory("no memory to recover a device") from error
-            self._algorithm = algorithm
-            self._disksize, self._mem_limit = arena.header.disksize, arena.limit
-            self._reserved_limit = arena.header.reserved_limit
-            self._prealloc = arena.reserved > 0
-            self._publish_locked(meta)
-            os.close(fd)  # the arena has its own
-            return lost
+                fd = find(self._path, wait_s)
+            except BadArena as error:
+                raise error.of(self._path) from error
+            return None if fd is None else self._adopt_or_close_locked(fd)
+
+    def restore(self, fd: int) -> list[int]:
+        """Give the device the content of the snapshot that the file `fd` has, and all else that an
+        arena says of its device. The file's position tells how far this is.
+
+        Returns and raises what `adopt` does; the descriptor stays the caller's.
+        """
+        with self._init_lock:
+            self._must_be_new()
+            arena = unpack(fd, self._path)
+            try:
+                return self._adopt_or_close_locked(arena)
+            except BaseException:
+                if self._path is not None:
+                    self._path.unlink(missing_ok=True)
+                raise
+
+    def _adopt_or_close_locked(self, fd: int) -> list[int]:
+        try:
+            return self._adopt_locked(fd, self.on_arena)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _adopt_locked(self, fd: int, tell: Callable[[int], None]) -> list[int]:
+        """`tell`: who keeps arenas, where he has it not."""
+        try:
+            arena = Arena.adopt(fd, self._path)
+            try:
+                algorithm = Algorithm.parse(arena.header.algorithm)
+                comp = Comp(algorithm)
+                unseal(arena)  # the last that can fail for other reasons than a want of memory
+                meta, lost = recover(arena, comp)
+                tell(arena.fd)
+            except BaseException:
+                arena.close(keep=True)
+                raise
+        except MemoryError as error:
+            raise NoMemory("no memory to recover a device") from error
+        self._algorithm = algorithm
+        self._disksize, self._mem_limit = arena.header.disksize, arena.limit
+        self._reserved_limit = arena.header.reserved_limit
+        self._prealloc = arena.reserved > 0
+        self._publish_locked(meta)
+        os.close(fd)  # the arena has its own
+        return lost
 
     def _must_be_new(self) -> None:
         if self._meta is not None:
@@ -164,6 +220,15 @@ class Zram:
 
         Raises DeviceBusy when the device is open or being reset, unless `force`.
         """
+        self._reset(force, keep=False)
+
+    def close(self, *, force: bool = True) -> None:
+        """The end of the device: a reset, but that a file of the user's stays, sealed, so that
+        another device can `load` it. Raises what `reset` does, and SaveFailed where the file is
+        good for this run of the machine only."""
+        self._reset(force, keep=True)
+
+    def _reset(self, force: bool, *, keep: bool) -> None:
         if not self._reset_lock.acquire(blocking=force):
             inside = ", ".join(sorted(self._gate.inside()))
             waits = f" and waits for requests of {inside}" if inside else ""
@@ -174,7 +239,7 @@ class Zram:
             self._claim(force)
             try:
                 with self._init_lock:
-                    closed = self._deinit_locked()
+                    closed = self._deinit_locked(keep)
                 for tell in self.on_reset if closed else ():
                     tell()
             finally:
@@ -182,7 +247,7 @@ class Zram:
         finally:
             self._reset_lock.release()
 
-    def _deinit_locked(self) -> int:
+    def _deinit_locked(self, keep: bool) -> int:
         """The inverse of `init`, moves 2 to 4; how many openers it has closed."""
         closed = 0
         meta = self._meta
@@ -199,9 +264,11 @@ class Zram:
         self._mem_limit, self._prealloc = 0, False
         self._io = IoCounts()
         if meta is not None:
-            meta.close()
-            heap.trim()
-            self.on_arena(None)
+            try:
+                meta.close(keep=keep)
+            finally:
+                heap.trim()
+                self.on_arena(None)
         return closed
 
     def _claim(self, force: bool) -> None:
@@ -234,10 +301,6 @@ class Zram:
         with self._init_lock:
             if self._meta is not None and self._meta.arena.reserved:
                 self._meta.arena.hold()
-
-    def close(self) -> None:
-        """The end of the device: a forced reset."""
-        self.reset(force=True)
 
     def open(self, who: str) -> Opener:
         """Open the device for I/O; `who` names the holder in a few words.
@@ -330,6 +393,24 @@ class Zram:
             meta = self._meta
             assert meta is not None, "the gate is open, so meta is published"
             meta.compact()
+        finally:
+            self._gate.leave(record)
+
+    def save(self, fd: int) -> None:
+        """Write a snapshot, all that is stored now, to the file `fd`, from its beginning on, while
+        I/O goes on. It is good when this returns, but not yet on the disk.
+
+        A request like any other, but that a reset ends it, with NotInitialised. Raises BadValue
+        without a disksize, DeviceBusy while another is made, SaveFailed.
+        """
+        try:
+            record = self._gate.enter("save")
+        except NotInitialised:
+            raise BadValue(f"{self.name} has no disksize yet: there is nothing to save") from None
+        try:
+            meta = self._meta
+            assert meta is not None, "the gate is open, so meta is published"
+            meta.save(fd)
         finally:
             self._gate.leave(record)
 

@@ -11,6 +11,7 @@ them; a test compares.
 """
 
 import errno as _errno
+from pathlib import Path
 from typing import ClassVar, Final
 
 
@@ -136,6 +137,17 @@ class BadArena(ZramdError):
     slug = "bad-arena"
     exit_code = 37
     errno = _errno.EINVAL
+
+    def of(self, file: Path) -> "BadArena":
+        """The same, of this file."""
+        return BadArena(f"{file}: {self.message}", hint=self.hint)
+
+
+class SaveFailed(ZramdError):
+    """The snapshot could not be written; the device is as it was, and so is what stood there."""
+
+    slug = "save-failed"
+    exit_code = 38
 
 
 class NeedsRoot(ZramdError):

@@ -68,26 +68,26 @@ def test_the_last_page_of_the_span_map_does_not_reach_into_the_spans():
 
 def test_used_is_charged_up_to_the_limit_and_a_refusal_charges_nothing():
     new = Arena(PAGE, "lz4", limit=PAGE + SPAN)
-    new.occupy(SPAN)
+    new.occupy(new.spans_at, SPAN)
     with pytest.raises(StoreFull, match="mem_limit of 68K reached") as caught:
-        new.occupy(1)
+        new.occupy(new.spans_at, 1)
     assert caught.value.hint
     assert new.used == new.used_max == PAGE + SPAN
     new.limit = 0
-    new.occupy(100 * SPAN)
+    new.occupy(new.spans_at, 100 * SPAN)
     new.close()
 
 
 def test_what_is_vacated_is_back_with_the_system_and_reads_as_zeros():
     new = Arena(PAGE, "lz4")
-    new.occupy(SPAN)
+    new.occupy(new.spans_at, SPAN)
     new.map[new.spans_at : new.spans_at + SPAN] = b"x" * SPAN
     assert new.resident() == new.used == PAGE + SPAN
     new.vacate(new.spans_at, SPAN)
     assert new.resident() == new.used == PAGE
     assert os.pread(new.fd, SPAN, new.spans_at) == bytes(SPAN)
     assert new.used_max == PAGE + SPAN
-    new.occupy(PAGE)
+    new.occupy(new.spans_at, PAGE)
     assert new.used_max == PAGE + SPAN
     new.forget_used_max()
     assert new.used_max == 2 * PAGE
@@ -96,7 +96,7 @@ def test_what_is_vacated_is_back_with_the_system_and_reads_as_zeros():
 
 def test_memory_is_off_the_account_only_when_it_is_back_with_the_system(monkeypatch):
     new = Arena(PAGE, "lz4")
-    new.occupy(SPAN)
+    new.occupy(new.spans_at, SPAN)
     accounts = []
 
     punch = new.punch
@@ -219,7 +219,7 @@ def test_a_host_of_the_other_byte_order_is_refused(monkeypatch):
 
 
 def resident_after_writes(new: Arena) -> int:
-    new.occupy(SPAN)
+    new.occupy(new.spans_at, SPAN)
     new.map[new.spans_at : new.spans_at + SPAN] = b"x" * SPAN
     new.vacate(new.spans_at, SPAN)
     return new.resident()
@@ -327,7 +327,7 @@ import ctypes
 from zramd.store.arena import Arena, SPAN
 assert ctypes.CDLL(None).mlockall(2 | 4) == 0
 new = Arena(64 << 20, "lz4")
-new.occupy(SPAN)
+new.occupy(new.spans_at, SPAN)
 new.map[new.spans_at : new.spans_at + SPAN] = b"x" * SPAN
 before = new.resident()
 new.vacate(new.spans_at, SPAN)

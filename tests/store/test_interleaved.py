@@ -148,7 +148,7 @@ def test_two_that_charge_the_last_page_below_the_limit_do_not_both_get_it():
 
         def occupy() -> None:
             try:
-                arena.occupy(PAGE)
+                arena.occupy(arena.spans_at, PAGE)
             except StoreFull:
                 return
             charged.append(PAGE)
@@ -167,14 +167,14 @@ def test_a_charge_and_a_giving_back_at_once_are_both_counted():
     def make():
         arena = Arena(PAGE, "lz4")
         arena._lock = interleave.Lock()
-        arena.occupy(PAGE)
+        arena.occupy(arena.spans_at, PAGE)
 
         def check() -> None:
             assert arena.used == 3 * PAGE
             arena.close()
 
         return [
-            lambda: arena.occupy(2 * PAGE),
+            lambda: arena.occupy(arena.spans_at, 2 * PAGE),
             lambda: arena.vacate(arena.spans_at, PAGE),
             check,
         ]

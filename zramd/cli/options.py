@@ -1,7 +1,9 @@
 """What several verbs take: kinds of values, options, and how they talk on stderr."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -20,6 +22,17 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def talk(line: str) -> None:
     """One line for the person at the terminal."""
     click.echo(f"zramd: {line}", err=True)
+
+
+@contextmanager
+def progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr; what it gives is called with how many of `size` bytes are done,
+    about."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=size, label=f"zramd: {what}", file=sys.stderr) as bar:
+        yield lambda done: bar.update(min(done, size) - bar.pos)
 
 
 class _Value(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
@@ -66,6 +79,11 @@ def _address(text: str) -> Address:
     return address
 
 
+def _absolute(text: str) -> Path:
+    """A server in the background leaves the working directory."""
+    return Path(os.path.abspath(text))
+
+
 def _algorithms() -> list[str]:
     from zramd.store.zcomp import NAMES  # this and the next two load every compressor
 
@@ -95,6 +113,7 @@ def _configured() -> list[str]:
 SIZE = _Value("size", sizes.parse)
 NODE = _Value("node", config.check_node)
 ADDRESS = _Value("address", _address)
+FILE = _Value("file", _absolute)
 NAME = _Completed("name", runtime.check_name, runtime.names)
 CONFIG = _Completed("file", _file, _configured)
 READABLE = _Completed("attribute", str, _readable)
@@ -141,6 +160,13 @@ def device_options(command: _F) -> _F:
                 " with a mem_limit of about half the disksize.",
             ),
             click.option(
+                "--arena",
+                type=FILE,
+                metavar="FILE",
+                help="Keep the pages in FILE, not in memory: what is there is served, also after a"
+                " reboot, and if nothing is, it is made.",
+            ),
+            click.option(
                 "--listen",
                 type=ADDRESS,
                 multiple=True,
@@ -161,10 +187,12 @@ def device_options(command: _F) -> _F:
 
 
 def config_of(file: Path | None, options: dict[str, Any]) -> config.Config:
-    """The device that `file` describes, or where that is None, `options`: fields of Config."""
+    """The device that `file` describes, or where that is None, `options`: fields of Config, and
+    `restore` where there is something that says more of it."""
+    restore = options.pop("restore", None)
     if file is not None:
         return config_in(file)
-    if options["disksize"] is None:
+    if options["disksize"] is None and options["arena"] is None and restore is None:
         raise BadValue(
             "neither --disksize nor --config says what to make",
             hint=f"give one of them; see `{click.get_current_context().command_path} --help`",
@@ -186,5 +214,5 @@ def config_in(file: Path) -> config.Config:
     return config.read(file)
 
 
-_BESIDE_A_FILE: Final = ("file", "via", "background")
+_BESIDE_A_FILE: Final = ("file", "via", "background", "restore")
 """What options say that a file does not."""

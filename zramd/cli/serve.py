@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from zramd import sizes, without_ssl  # noqa: F401 - it is what it does that counts
-from zramd.cli.options import config_of, device_options, name_argument, talk
+from zramd.cli.options import FILE, config_of, device_options, name_argument, talk
 from zramd.kernel import attach
 from zramd.service import hardening, systemd, worker
 from zramd.service.runtime import claim
@@ -25,8 +25,16 @@ from zramd.service.supervisor import supervise
     type=click.Choice(["swap", "mount"]),
     help="What it will carry: the server is hardened for that. For swap it must succeed.",
 )
+@click.option(
+    "--restore",
+    type=FILE,
+    metavar="FILE",
+    help="Begin with what the snapshot FILE has; see `zramd save`.",
+)
 @click.option("--background", is_flag=True, hidden=True, help="How `zramd up` starts it.")
-def command(name: str, file: Path | None, background: bool, **options: Any) -> None:
+def command(
+    name: str, file: Path | None, restore: Path | None, background: bool, **options: Any
+) -> None:
     """Serve the device NAME over NBD, in the foreground.
 
     It listens on NAME/nbd.sock in the runtime directory: $ZRAMD_RUNTIME_DIR, else /run/zramd for
@@ -38,16 +46,16 @@ def command(name: str, file: Path | None, background: bool, **options: Any) -> N
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
     form = "%(asctime)s %(levelname)s %(message)s" if background else "zramd: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form)
-    config = config_of(file, options)
+    config = config_of(file, options | {"restore": restore})
     passed = systemd.passed_sockets()
     with claim(name) as held:  # first: who is refused has taken no memory
         log = held.paths.log if background else None
         link = supervise(held, harden=config.use is not None, log=log)
         # From here on in each worker: the first, and those that take over from one that died.
-        zram, missing = worker.build(name, config, link)
+        zram, missing = worker.build(name, config, link, restore)
         for what in missing:
             talk(f"{name} can do without, but had better have, {what}")
-        if zram.disksize != config.disksize and not link.takes_over:
+        if config.disksize not in (None, zram.disksize) and not link.takes_over:
             made = f"made it {zram.disksize} bytes"
             talk(f"a disksize of {config.disksize} is no multiple of a page: {made}")
         reserved = zram.statistics().mem_reserved

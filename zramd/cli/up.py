@@ -84,7 +84,7 @@ def command(
 
 def _config(name: str, file: Path | None, swap: bool, options: dict[str, Any]) -> Config:
     """What the options say; for want of them, what the file of the device says."""
-    if file is None and options["disksize"] is None:
+    if file is None and options["disksize"] is None and options["arena"] is None:
         file = path_of(name)
         if not os.path.exists(file):
             raise BadValue(
@@ -137,7 +137,7 @@ def _serves(name: str, config: Config) -> bool:
     if limit == 0:
         limit = config.reservation
     if (
-        now.disksize != -(-config.disksize // PAGE) * PAGE
+        (config.disksize is not None and now.disksize != -(-config.disksize // PAGE) * PAGE)
         or (algorithm is not None and str(Algorithm.parse(algorithm)) != now.algorithm)
         or (limit is not None and -(-limit // PAGE) * PAGE != now.mem_limit)
     ):
@@ -165,11 +165,13 @@ def _serves(name: str, config: Config) -> bool:
 
 def _arguments(config: Config) -> list[str]:
     """What `zramd serve` is given, in the words of device_options."""
-    arguments = [f"--disksize={config.disksize}"]
+    arguments = [] if config.disksize is None else [f"--disksize={config.disksize}"]
     if config.comp_algorithm is not None:
         arguments.append(f"--algorithm={config.comp_algorithm}")
     if config.mem_limit is not None:
         arguments.append(f"--mem-limit={config.mem_limit}")
+    if config.arena is not None:
+        arguments.append(f"--arena={config.arena}")
     if config.prealloc is not None:
         arguments.append("--prealloc" if config.prealloc else "--no-prealloc")
     if config.use is not None:

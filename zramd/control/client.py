@@ -13,7 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias
 
-from asyncvarlink import VarlinkClientProtocol, VarlinkErrorReply, VarlinkTransport
+from asyncvarlink import (
+    FileDescriptor,
+    VarlinkClientProtocol,
+    VarlinkErrorReply,
+    VarlinkTransport,
+)
 from asyncvarlink.conversion import ConversionError
 
 from zramd.control.interface import DeviceInterface, Failed, statistics_from_reply
@@ -27,6 +32,8 @@ Calls that change something may wait for I/O in flight, and have no limit."""
 PATIENCE_S: Final = 1.0
 """How long a reset waits for I/O in flight before it is told whose that is."""
 
+
+PROGRESS_S: Final = 0.1
 
 State: TypeAlias = Literal["serving", "idle", "dead", "silent"]
 
@@ -74,12 +81,27 @@ class Control:
         self, *, force: bool = False, waiting: Callable[[tuple[str, ...]], None] = lambda _: None
     ) -> None:
         """`waiting` is called once if it takes long, with whose requests are being waited for."""
-        call = self._runner.get_loop().create_task(_within(self._device.Reset(force=force), None))
-        self._runner.run(asyncio.wait({call}, timeout=PATIENCE_S))
-        if not call.done():
+        call = self._begin(self._device.Reset(force=force))
+        if not self._wait(call, PATIENCE_S):
             with suppress(ZramdError), Control(self._path) as other:
                 waiting(other.statistics().in_flight)
         self._call(call)
+
+    def save(self, file: int, going_on: Callable[[], None] = lambda: None) -> None:
+        """Have a snapshot written to this descriptor; `going_on` is called every PROGRESS_S."""
+        call = self._begin(self._device.Save(file=FileDescriptor(file)))
+        while not self._wait(call, PROGRESS_S):
+            going_on()
+        self._call(call)
+
+    def restore(self, file: int, going_on: Callable[[], None] = lambda: None) -> list[int]:
+        """Have a snapshot read from this descriptor; `going_on` is called every PROGRESS_S. Returns
+        the pages that it does not have."""
+        call = self._begin(self._device.Restore(file=FileDescriptor(file)))
+        while not self._wait(call, PROGRESS_S):
+            going_on()
+        lost: list[int] = self._call(call)["lost"]
+        return lost
 
     def stop(self, *, force: bool = False) -> None:
         """Returns when the server has agreed to end, not when it has ended."""
@@ -121,6 +143,14 @@ class Control:
             raise ServerFailed(f"cannot ask {path}: {error.strerror or error}") from error
         sock.setblocking(False)
         return sock
+
+    def _begin(self, call: Awaitable[Any]) -> "asyncio.Task[Any]":
+        return self._runner.get_loop().create_task(_within(call, None))
+
+    def _wait(self, call: "asyncio.Task[Any]", seconds: float) -> bool:
+        """Whether it has ended within that time."""
+        self._runner.run(asyncio.wait({call}, timeout=seconds))
+        return call.done()
 
     def _call(self, call: Awaitable[Any], answer_s: float | None = None) -> Any:
         try:

@@ -22,10 +22,16 @@ The client uses DeviceInterface for its signatures only; this module must not lo
 import asyncio
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypedDict, TypeVar
 
-from asyncvarlink import TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
+from asyncvarlink import (
+    FileDescriptor,
+    TypedVarlinkErrorReply,
+    VarlinkInterface,
+    varlinkmethod,
+)
 
 from zramd.errors import ZramdError, by_slug
 from zramd.statistics import Statistics
@@ -97,10 +103,31 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
         await asyncio.to_thread(_ask, self._zram.reset, force=force)
 
     @varlinkmethod
+    async def Save(self, file: FileDescriptor) -> None:
+        """Write a snapshot of what is stored now to this file, open for writing and empty, while
+        the device is in use. Its size tells how far that is."""
+        await asyncio.to_thread(_ask, _with, os.dup(file.fileno()), self._zram.save)
+
+    @varlinkmethod(return_parameter="lost")
+    async def Restore(self, file: FileDescriptor) -> list[int]:
+        """Make the device, which has no disksize, what this snapshot has. Its position tells how
+        far that is. Returns the pages that were lost already when the snapshot was made."""
+        return await asyncio.to_thread(_ask, _with, os.dup(file.fileno()), self._zram.restore)
+
+    @varlinkmethod
     async def Stop(self, force: bool = False) -> None:
-        """Reset, then end the server. Refused as Reset is."""
-        await asyncio.to_thread(_ask, self._zram.reset, force=force)
+        """Reset, but for a file that the user keeps the device in, then end the server. Refused as
+        Reset is."""
+        await asyncio.to_thread(_ask, self._zram.close, force=force)
         self._stop()
+
+
+def _with(descriptor: int, function: Callable[[int], _T]) -> _T:
+    """Have it use the descriptor, which is ours: the caller's goes when the caller does."""
+    try:
+        return function(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _ask(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -26,11 +26,14 @@ Use: TypeAlias = Literal["swap", "mount"]
 class Config:
     """One device. Sizes are bytes; None is the default. The fields are the keys of the file."""
 
-    disksize: int
+    disksize: int | None
+    """None where that is found in what there is: an arena, a snapshot."""
     comp_algorithm: str | None = None
     mem_limit: int | None = None
     prealloc: bool | None = None
     """Take all of mem_limit at once; the default is to do that for swap."""
+    arena: Path | None = None
+    """The file in which to keep the pages, and not in memory."""
     listen: tuple[Address, ...] = ()
     """Where to serve it besides its own socket."""
     node: str | None = None
@@ -44,7 +47,7 @@ class Config:
     """Serve it for swap even where the process cannot be hardened."""
 
     def __post_init__(self) -> None:
-        for fault in _over_tcp(self.use, self.listen):
+        for fault in (*_over_tcp(self.use, self.listen), *_in_a_file(self.use, self.arena)):
             raise fault
 
     @property
@@ -60,7 +63,7 @@ class Config:
             return 0
         from zramd.store.arena import default_mem_limit  # which few verbs need
 
-        return _pages(self.mem_limit or default_mem_limit(_pages(self.disksize)))
+        return _pages(self.mem_limit or default_mem_limit(_pages(self.disksize or 0)))
 
     @property
     def content(self) -> str | None:
@@ -216,6 +219,8 @@ def _clashes(values: dict[str, Any], found: set[str]) -> Iterator[tuple[str, Bad
         yield "use", BadValue('use = "mount" needs a mount_point', hint=hint)
     for fault in _over_tcp(use, values.get("listen", ())):
         yield "listen", fault
+    for fault in _in_a_file(use, values.get("arena")):
+        yield "arena", fault
     sizing = {"disksize", "mem_limit", "prealloc"} & found
     if "disksize" in sizing <= values.keys():
         from zramd.store.arena import reserved_spans
@@ -223,7 +228,7 @@ def _clashes(values: dict[str, Any], found: set[str]) -> Iterator[tuple[str, Bad
         made = Config(use=use, **{key: values[key] for key in sizing})
         try:
             if made.reserves:
-                reserved_spans(_pages(made.disksize), made.reservation)
+                reserved_spans(_pages(values["disksize"]), made.reservation)
         except BadValue as fault:
             yield "mem_limit" if made.mem_limit else "disksize", fault
 
@@ -235,6 +240,14 @@ def _over_tcp(use: Use | None, listen: tuple[Address, ...]) -> Iterator[BadValue
                 f"swap is not served on {address}: over TCP it can deadlock",
                 hint="listen on unix:PATH only",
             )
+
+
+def _in_a_file(use: Use | None, arena: Path | None) -> Iterator[BadValue]:
+    if use == "swap" and arena is not None:
+        yield BadValue(
+            f"swap is not kept in {arena}: writing to a file can take memory, and so deadlock",
+            hint="leave the file out: swap is not needed beyond a reboot",
+        )
 
 
 def _pages(size: int) -> int:
@@ -296,7 +309,7 @@ def _priority(value: object) -> int:
     return value
 
 
-def _directory(value: object) -> Path:
+def _path(value: object) -> Path:
     path = Path(_string(value, '"/mnt"'))
     if not path.is_absolute():
         raise BadValue(f"{str(path)!r} is relative", hint="write the path from / on")
@@ -334,11 +347,12 @@ _PARSERS: Final[dict[str, Callable[[Any], object]]] = {
     "comp_algorithm": _algorithm,
     "mem_limit": _size,
     "prealloc": _switch,
+    "arena": _path,
     "listen": _addresses,
     "node": _node,
     "use": _use,
     "swap_priority": _priority,
-    "mount_point": _directory,
+    "mount_point": _path,
     "fs_type": _fs_type,
     "allow_deadlock": _switch,
 }

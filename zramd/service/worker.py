@@ -26,12 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from zramd import heap, sizes
 from zramd.control.server import ControlServer
 from zramd.device import Zram
-from zramd.errors import BadValue, NotHardened
+from zramd.errors import BadArena, BadValue, NotHardened
 from zramd.nbd.address import UnixAddress
 from zramd.nbd.server import THREADS, Server, address_of
 from zramd.service import hardening, systemd
@@ -39,6 +40,8 @@ from zramd.service.config import Config
 from zramd.service.runtime import Paths
 from zramd.service.supervisor import ARENA, Link, go_to_background
 from zramd.service.upkeep import upkeep
+from zramd.store import PAGE
+from zramd.store.zcomp import Algorithm
 
 _HELPERS: Final = 2
 """Threads for control calls that change the device, which must not hold the event loop."""
@@ -46,6 +49,9 @@ _HELPERS: Final = 2
 _GRACE_S: Final = 10.0
 """How long a device whose worker died is not taken for unused: clients have to connect again."""
 _GRACE_POLL_S: Final = 0.1
+
+_OTHER_ENDS_S: Final = 2.0
+"""How long a server that has the same file may still take to end: one that was killed."""
 
 _to_say: list[str] = []
 """What there is to say of a takeover, when the kernel is connected again: the log may lie on what
@@ -57,12 +63,15 @@ _CONTROL: Final = "control"
 _log = logging.getLogger(__name__)
 
 
-def build(name: str, config: Config, link: Link | None = None) -> tuple[Zram, list[str]]:
+def build(
+    name: str, config: Config, link: Link | None = None, snapshot: Path | None = None
+) -> tuple[Zram, list[str]]:
     """An initialised device, in a process hardened for what it will carry, and what could not be
     had of that. To be called before there are threads. `link`: the supervisor, which has prepared
-    this process, and may have the pages of a predecessor.
+    this process, and may have the pages of a predecessor. `snapshot`: what to begin with.
 
-    Raises BadValue, NoMemory; NotHardened for swap, unless the configuration allows it.
+    Raises BadValue, NoMemory, BadArena, DeviceBusy; NotHardened for swap, unless the configuration
+    allows it.
     """
     heap.use_one_arena()
     missing = []
@@ -76,19 +85,79 @@ def build(name: str, config: Config, link: Link | None = None) -> tuple[Zram, li
             f"swap on {name} could deadlock: there is no {'; no '.join(missing)}",
             hint="run it as root with these capabilities, or say --allow-deadlock",
         )
-    zram = Zram(name)
+    zram = Zram(name, config.arena)
     if link is not None:
         zram.on_arena = partial(_hand_over, link)
         if link.takes_over:
             _take_over(zram, link)
             return zram, []
+    lost: list[int] | None = None
+    if snapshot is not None:
+        lost = _restore(zram, snapshot)
+    elif config.arena is not None:
+        lost = zram.load(_OTHER_ENDS_S)
+    if lost is None:
+        _make(zram, config)
+        return zram, missing
+    _to_say.extend(_lost(zram, lost))
+    try:
+        _must_agree(zram, config, snapshot or config.arena)
+    except BaseException:
+        zram.close() if snapshot is None else zram.reset(force=True)
+        raise
+    return zram, missing
+
+
+def _make(zram: Zram, config: Config) -> None:
+    if config.disksize is None:
+        raise BadValue(
+            f"{config.arena} is not there, and nothing says how large to make it",
+            hint="give it a --disksize",
+        )
     if config.comp_algorithm is not None:
         zram.set("comp_algorithm", config.comp_algorithm)
     if config.mem_limit is not None:
         zram.set("mem_limit", str(config.mem_limit))
     zram.set("prealloc", str(int(config.reserves)))
     zram.init(config.disksize)
-    return zram, missing
+
+
+def _restore(zram: Zram, snapshot: Path) -> list[int]:
+    try:
+        file = os.open(snapshot, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BadValue(f"{snapshot} cannot be read: {error.strerror}") from error
+    try:
+        return zram.restore(file)
+    except BadArena as error:
+        raise error.of(snapshot) from error
+    finally:
+        os.close(file)
+
+
+def _must_agree(zram: Zram, config: Config, file: Path | None) -> None:
+    """BadValue where the device that was found is another than the one that is asked for."""
+    now = zram.statistics()
+    asked = -(-(config.disksize or 0) // PAGE) * PAGE
+    if asked and asked != now.disksize:
+        raise BadValue(
+            f"{file} has a device of {sizes.human(now.disksize)}, not {sizes.human(asked)}",
+            hint="ask for that, or name another file",
+        )
+    algorithm = config.comp_algorithm
+    if algorithm is not None and str(Algorithm.parse(algorithm)) != now.algorithm:
+        raise BadValue(
+            f"{file} has a device with {now.algorithm}, not {algorithm}",
+            hint="ask for that, or name another file",
+        )
+    is_told = config.prealloc is not None or config.use == "swap"
+    if is_told and config.reserves != bool(now.mem_reserved):
+        raise BadValue(
+            f"{file} has a device with{'' if now.mem_reserved else 'out'} preallocated memory",
+            hint="ask for that, or name another file",
+        )
+    if config.mem_limit is not None:
+        zram.set("mem_limit", str(config.mem_limit))
 
 
 def _hand_over(link: Link, descriptor: int | None) -> None:
@@ -106,8 +175,11 @@ def _take_over(zram: Zram, link: Link) -> None:
     descriptor = link.kept.pop(ARENA, None)
     if descriptor is None:  # it had been reset
         return
-    for page in zram.adopt(descriptor):
-        _to_say.append(f"page {page} of {zram.name} is lost: reading it is an I/O error")
+    _to_say.extend(_lost(zram, zram.adopt(descriptor)))
+
+
+def _lost(zram: Zram, pages: list[int]) -> list[str]:
+    return [f"page {page} of {zram.name} is lost: reading it is an I/O error" for page in pages]
 
 
 def run(

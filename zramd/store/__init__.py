@@ -3,7 +3,7 @@
 `pages.Pages` is the way in: read, write and discard of byte ranges. It knows nothing of devices,
 requests or NBD. `arena` is the memory, `header` its first page, `table` the word per slot, `pool`
 the size classes and spans, `zcomp` the compressors. `recovery` goes on with the arena of a process
-that was killed.
+that has ended, `saving` makes a snapshot of one in use, and `image` is the form of both at rest.
 """
 
 PAGE = 4096

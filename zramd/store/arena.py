@@ -6,18 +6,20 @@
     spans       64 KiB each, the pool's objects (`pool.py`)
 
 The file is a memfd, or a file of the user's, and sparse: only what has been written occupies
-memory. Or it is reserved: no larger than `limit`, every page of it faulted in and locked before the
-first write, and kept until `close`. Then no write ever has to ask the system for memory, which is
-what swap wants: the system asks for writes when it has none. Nothing here is moved or resized while
-it is mapped, so views stay valid until `close`.
+memory, or disk. Or it is reserved: no larger than `limit`, every page of it faulted in and locked
+before the first write, and kept until `close`. Then no write ever has to ask the system for memory,
+which is what swap wants: the system asks for writes when it has none. Nothing here is moved or
+resized while it is mapped, so views stay valid until `close`.
 
-The arena outlives its process where another one holds a descriptor of it: `adopt` maps it again,
-and `recovery.py` finds what is stored in it.
+The arena outlives its process where another one holds a descriptor of it, and in a file of the
+user's: `adopt` maps it again, and `recovery.py` finds what is stored in it. `image.py` has what
+makes such a file outlive the machine's run.
 
 Promises
 1. `used` never passes `limit` through `occupy`, not even for a moment: it is charged before the
-   memory is touched. Unless reserved, it is at least what the file occupies in the system, in whole
-   pages; reserved, the file occupies `reserved`, which is at most `limit`.
+   memory is touched, and disk is taken then: to find its end by a store would end the process.
+   Unless reserved, it is at least what the file occupies in the system, in whole pages; reserved,
+   the file occupies `reserved`, which is at most `limit`.
 2. A page or span given back with `vacate` is back with the system when the call returns, or with
    the reserve.
 3. A process killed at any instruction leaves an arena that can be adopted, or one without magic.
@@ -47,6 +49,7 @@ import re
 import stat
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -54,6 +57,8 @@ from zramd.errors import BadArena, BadValue, NoMemory, StoreFull
 from zramd.sizes import human
 from zramd.store import PAGE, SPAN
 from zramd.store.header import (
+    BOOT_AT,
+    BOOT_SIZE,
     FIGURES,
     FIGURES_AT,
     MAGIC,
@@ -77,8 +82,8 @@ _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python has no name for it
 class Arena:
     """The memory for `disksize` bytes (a multiple of PAGE) of device.
 
-    A memfd, or a new file at `path`, which goes when the arena closes. Raises BadValue for a
-    disksize beyond MAX_DISKSIZE or a file that exists, NoMemory where the system refuses.
+    A memfd, or a new file at `path`, locked against other servers. Raises BadValue for a disksize
+    beyond MAX_DISKSIZE or a file that exists, NoMemory where the system refuses.
     `algorithm` is kept in the header for whoever reads the arena later.
 
     `reserve`: take all of `limit` now. BadValue where that is no more than the table needs.
@@ -111,18 +116,21 @@ class Arena:
         if reserve:
             _must_be_available(self.size)
         self._path = path
-        self.fd = _create(path)  # last of what can fail alone: from here on there is much to undo
+        self.fd = create(path)  # last of what can fail alone: from here on there is much to undo
         self._map(new=True)
         self._view()
         packed = header.pack()
         self.map[len(MAGIC) : len(packed)] = packed[len(MAGIC) :]
         self.limit = limit
         self.used = self.used_max = PAGE
+        if path is not None:
+            self.map[BOOT_AT : BOOT_AT + BOOT_SIZE] = boot()
         self.map[: len(MAGIC)] = MAGIC
 
     @classmethod
-    def adopt(cls, fd: int) -> "Arena":
-        """The arena that `fd` is open on, made by a process that has ended.
+    def adopt(cls, fd: int, path: Path | None = None) -> "Arena":
+        """The arena that `fd` is open on, made by a process that has ended, in the file `path` or
+        in memory.
 
         Of what is stored `used` and the regions know nothing before `recovery.recover`. The
         descriptor stays the caller's; the arena has its own. Raises BadArena, NoMemory.
@@ -132,10 +140,10 @@ class Arena:
             raise BadArena("this is no arena of zramd: it is no file")
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             raise BadArena("the arena is not open for reading and writing")
-        header = Header.unpack(os.pread(fd, PAGE, 0), status.st_size)
+        header = Header.unpack(os.pread(fd, PAGE, 0), status.st_size, more=path is not None)
         self = cls.__new__(cls)
         self._plan(header)
-        self._path = None
+        self._path = path
         self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         self._map(new=False)
         self._view()
@@ -172,12 +180,13 @@ class Arena:
             if new:
                 self.punch(0, PAGE)  # see that memory goes back
             if self.reserved:
+                self._back(0, self.size)
                 self.hold()
-        except NoMemory:
-            self._drop()
-            raise
+        except (NoMemory, StoreFull) as error:
+            self._drop(new=new)
+            raise NoMemory(error.message, hint=error.hint) from error
         except (OSError, OverflowError, ValueError) as error:
-            self._drop()
+            self._drop(new=new)
             raise self._no_map(error) from error
 
     def _no_map(self, error: Exception) -> NoMemory:
@@ -218,12 +227,12 @@ class Arena:
     def used_max(self, used_max: int) -> None:
         self._used_max = self.figures[USED_MAX] = used_max
 
-    def _drop(self) -> None:
-        """Undo what `__init__` has made so far."""
+    def _drop(self, *, new: bool) -> None:
+        """Undo what has been made so far."""
         if hasattr(self, "map"):
             self.map.close()
         os.close(self.fd)
-        if self._path is not None:
+        if self._path is not None and new:
             self._path.unlink(missing_ok=True)
 
     def hold(self) -> None:
@@ -243,15 +252,29 @@ class Arena:
                 " or do not preallocate",
             ) from error
 
-    def occupy(self, size: int) -> None:
-        """Charge `size` bytes about to be touched. Raises StoreFull, having charged nothing."""
+    def occupy(self, offset: int, size: int) -> None:
+        """Charge `size` bytes at `offset` that are about to be touched. Raises StoreFull, having
+        charged nothing."""
         with self._lock:
             used = self.used + size
             if self._limit and used > self._limit:
                 raise self.full()
+            self._back(offset, size)
             self.used = used
             if used > self._used_max:
                 self.used_max = used
+
+    def _back(self, offset: int, size: int) -> None:
+        """Have disk for this part of a file of the user's. Raises StoreFull."""
+        if self._path is None:
+            return
+        try:
+            os.posix_fallocate(self.fd, offset, size)
+        except OSError as error:
+            raise StoreFull(
+                f"{self._path} cannot grow: {error.strerror}",
+                hint="make room on its file system, or discard what is no longer needed",
+            ) from error
 
     def full(self) -> StoreFull:
         """The error for what does not fit any more."""
@@ -286,13 +309,19 @@ class Arena:
         """Bytes the file occupies in the system's own account: the oracle for `used`."""
         return os.fstat(self.fd).st_blocks * 512
 
-    def close(self) -> None:
-        """Unmap and drop all. Nobody may use any part of the arena any more."""
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of the user's."""
+        return self._path is not None
+
+    def close(self, *, keep: bool = False) -> None:
+        """Unmap and drop all; `keep`: but for a file of the user's. Nobody may use any part of the
+        arena any more."""
         self.figures.release()
         self.span_map.release()
         self.table.release()
         self.view.release()
-        self._drop()
+        self._drop(new=not keep)
 
 
 class Region:
@@ -304,9 +333,16 @@ class Region:
         self.occupied = bytearray(pages)
         """1 where the page is occupied. Read freely; changed only by occupy and vacate."""
 
+    def pages(self, first: int = 0, stop: int | None = None) -> Iterator[int]:
+        """Those that are occupied, ascending; what changes meanwhile may be among them or not."""
+        page = self.occupied.find(1, first, stop)
+        while page >= 0:
+            yield page
+            page = self.occupied.find(1, page + 1, stop)
+
     def occupy(self, page: int) -> None:
         """Charge this page; the caller holds the lock that guards it. Raises StoreFull."""
-        self._arena.occupy(PAGE)
+        self._arena.occupy(self._offset + page * PAGE, PAGE)
         self.occupied[page] = 1
 
     def vacate(self, page: int) -> None:
@@ -361,17 +397,36 @@ def _must_be_available(size: int) -> None:
         )
 
 
-def _create(path: Path | None) -> int:
+def create(path: Path | None = None) -> int:
+    """The descriptor of a new file for an arena, locked where it is a file of the user's."""
     try:
         if path is None:
             return os.memfd_create("zramd-arena", os.MFD_CLOEXEC)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
     except FileExistsError as error:
         raise BadValue(
             f"{path} exists already", hint="name a file that does not exist, or remove it"
         ) from error
     except OSError as error:
         raise NoMemory(f"cannot create the arena: {error}") from error
+
+
+def data_from(fd: int, at: int, stop: int) -> int:
+    """Where the first byte from `at` on is that does not lie in a hole of the file; `stop` or
+    beyond where there is none before it."""
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return stop
+
+
+def boot() -> bytes:
+    """What tells this run of the machine from all others. Raises OSError."""
+    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", ""))
 
 
 def _pages(size: int) -> int:

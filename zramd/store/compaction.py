@@ -57,16 +57,15 @@ def empty_leaving_spans(
 
     Calls `checkpoint` after each table page, with no lock held; what that raises ends it.
     """
-    occupied = arena.table_pages.occupied
     turn_ends = time.monotonic() + _TURN_S
-    page = occupied.find(1)
-    while page >= 0 and pool.leaving:
+    for page in arena.table_pages.pages():
+        if not pool.leaving:
+            break
         _move(arena, pool, page, slot_locks[page % len(slot_locks)])
         checkpoint()
         if time.monotonic() > turn_ends:
             time.sleep(_REST_S)
             turn_ends = time.monotonic() + _TURN_S
-        page = occupied.find(1, page + 1)
 
 
 def _move(arena: Arena, pool: Pool, page: int, slot_lock: threading.Lock) -> None:

@@ -1,14 +1,17 @@
 """The first page of an arena: what another process has to know to go on with it.
 
-    0       magic, its last byte the version
+    0       magic: what this is, and in its last byte the version
     8       CRC-32 of all that follows up to byte 128
     16      disksize, table, span map, spans: where they begin; number of spans; the limit that it
             was reserved with, 0 where nothing is reserved; the algorithm, as text
+    256     of a file of the user's: the boot of the machine in which it was opened last, 16 bytes
     512     the figures, a 64-bit word each, in the order below
 
-What stands before the figures is written once, magic last, and says all of the layout. The figures
+What stands up to byte 128 is written once, magic last, and says all of the layout. The figures
 change, each by one aligned store of its own, so each is whole at any instant; they are not in the
 CRC, and who reads them holds them for hints: `figure` gives what is sane in any case.
+
+A snapshot (`image.py`) begins with the same page, but for the magic.
 """
 
 import struct
@@ -21,10 +24,18 @@ from zramd.store import PAGE, SPAN
 
 VERSION: Final = 2
 MAGIC: Final = b"zramd\0\0" + bytes([VERSION])
+SNAPSHOT_MAGIC: Final = b"zramd\0S" + bytes([VERSION])
+_KINDS: Final = {
+    MAGIC: ("arena", "is an arena: `zramd serve --arena` it"),
+    SNAPSHOT_MAGIC: ("snapshot", "is a snapshot: `zramd restore` it"),
+}
 
 _START: Final = struct.Struct("<8sQ")  # magic, CRC
 _FIELDS: Final = struct.Struct("<QQQQQQ64s")
 SIZE: Final = _START.size + _FIELDS.size
+
+BOOT_AT: Final = 256
+BOOT_SIZE: Final = 16
 
 FIGURES_AT: Final = 512
 MEM_LIMIT, USED_MAX, HUGE_SINCE, COMPACTED = range(4)
@@ -71,30 +82,42 @@ class Header:
         return _START.pack(MAGIC, zlib.crc32(fields)) + fields
 
     @classmethod
-    def unpack(cls, page: bytes, size: int) -> "Header":
-        """Of an arena whose file has `size` bytes and begins with `page`. Raises BadArena."""
-        if len(page) < SIZE or page[: len(MAGIC) - 1] != MAGIC[:-1]:
-            raise BadArena("this is no arena of zramd: it does not begin as one")
-        version = page[len(MAGIC) - 1]
-        if version != VERSION:
-            raise BadArena(
-                f"the arena has version {version} of the format, and this zramd knows {VERSION}",
-                hint="go on with it by the version of zramd that made it",
-            )
-        packed = page[_START.size : SIZE]
-        if _START.unpack_from(page)[1] != zlib.crc32(packed):
-            raise BadArena("the arena's header is damaged: its checksum is wrong")
-        disksize, table_at, at, spans_at, spans, limit, text = _FIELDS.unpack(packed)
-        header = cls(disksize, spans, limit, text.rstrip(b"\0").decode(errors="replace"))
-        if disksize == 0 or disksize % PAGE or spans == 0:
-            raise BadArena(f"the arena's header is senseless: disksize {disksize}, {spans} spans")
-        if (table_at, at, spans_at) != (PAGE, header.map_at, header.spans_at):
-            raise BadArena("the arena's header is senseless: its parts are not where they belong")
-        if size != header.size:
+    def unpack(cls, page: bytes, size: int, *, more: bool = False) -> "Header":
+        """Of an arena whose file has `size` bytes and begins with `page`; `more`: there may be more
+        in it, behind the arena. Raises BadArena."""
+        header = cls.of(page)
+        if size < header.size or (size > header.size and not more):
             raise BadArena(
                 f"the arena's file has {size} bytes where its header says {header.size}",
                 hint="a file that was cut off, or copied in part, cannot be used",
             )
+        return header
+
+    @classmethod
+    def of(cls, page: bytes, magic: bytes = MAGIC) -> "Header":
+        """Of a file that begins with `page`, or with another `magic` of this page. Raises
+        BadArena."""
+        what = _KINDS[magic][0]
+        for other, (_, hint) in _KINDS.items():
+            if other != magic and page[: len(other) - 1] == other[:-1]:
+                raise BadArena(f"this is no {what} of zramd", hint=f"it {hint}")
+        if len(page) < SIZE or page[: len(magic) - 1] != magic[:-1]:
+            raise BadArena(f"this is no {what} of zramd: it does not begin as one")
+        version = page[len(magic) - 1]
+        if version != VERSION:
+            raise BadArena(
+                f"the {what} has version {version} of the format, and this zramd knows {VERSION}",
+                hint="go on with it by the version of zramd that made it",
+            )
+        packed = page[_START.size : SIZE]
+        if _START.unpack_from(page)[1] != zlib.crc32(packed):
+            raise BadArena(f"the {what}'s header is damaged: its checksum is wrong")
+        disksize, table_at, at, spans_at, spans, limit, text = _FIELDS.unpack(packed)
+        header = cls(disksize, spans, limit, text.rstrip(b"\0").decode(errors="replace"))
+        if disksize == 0 or disksize % PAGE or spans == 0:
+            raise BadArena(f"the {what}'s header is senseless: disksize {disksize}, {spans} spans")
+        if (table_at, at, spans_at) != (PAGE, header.map_at, header.spans_at):
+            raise BadArena(f"the {what}'s header is senseless: its parts are not where they belong")
         return header
 
 

@@ -35,12 +35,14 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Final, TypeVar
 
-from zramd.errors import Corrupt, StoreFull
+from zramd.errors import Corrupt, DeviceBusy, StoreFull
 from zramd.store import PAGE, SPAN
 from zramd.store.arena import Arena
 from zramd.store.compaction import empty_leaving_spans
 from zramd.store.header import COMPACTED, HUGE_SINCE
+from zramd.store.image import seal
 from zramd.store.pool import CLASSES, Pool
+from zramd.store.saving import Saving
 from zramd.store.table import (
     ADDRESS_SHIFT,
     FILL_ZERO,
@@ -110,17 +112,23 @@ class Pages:
         and the write that has waited for it."""
         self._full = False  # no empty slot is filled any more
         self._compaction = threading.Lock()  # before the slot locks; held by the one who compacts
+        self._saving: Saving | None = None  # set under all slot locks
         self._count_lock = threading.Lock()  # leaf lock; protects counters
         self._slot_locks = [threading.Lock() for _ in range(_STRIPES)]
 
-    def close(self) -> None:
-        """Free everything. No call is under way, and none will come.
+    def close(self, *, keep: bool = False) -> None:
+        """Free everything; `keep`: but seal a file of the user's. No call is under way, and none
+        will come. Raises SaveFailed, having freed all but that file.
 
         Who still holds this object, such as an opener of before, holds next to nothing by it.
         """
-        self.comp.close()
-        self.pool.close()
-        self.arena.close()
+        try:
+            if keep and self.arena.is_file:
+                seal(self.arena, self.pool.in_use())
+        finally:
+            self.comp.close()
+            self.pool.close()
+            self.arena.close(keep=keep)
 
     # Reading
 
@@ -315,6 +323,8 @@ class Pages:
     def _store_locked(self, start: int, olds: list[int], news: list[int]) -> None:
         """Replace words, each by one store. Interrupted (Ctrl-C), all are the old ones."""
         table = self.arena.table
+        if self._saving is not None:
+            self._saving.keep(start // SLOTS_PER_TABLE_PAGE)
         try:
             for slot, word in enumerate(news, start):
                 table[slot] = word
@@ -392,9 +402,11 @@ class Pages:
     def _with_room(self, nowait: bool, attempt: Callable[[bool], _T]) -> _T:
         """What `attempt` returns, which was refused once. The caller holds no slot lock.
 
-        In this order: as a compaction or a discard of somebody else has left things meanwhile;
-        after a compaction, where much comes of it; with objects of larger classes, which `attempt`
-        is told to take by True; after a compaction that frees a span or more. Raises StoreFull.
+        While a snapshot is made, after some of what it holds is let go, as often as it takes.
+        Then, in this order: as a compaction or a discard of somebody else has left things
+        meanwhile; after a compaction, where much comes of it; with objects of larger classes, which
+        `attempt` is told to take by True; after a compaction that frees a span or more. Raises
+        StoreFull.
 
         A compaction takes 0.1 s for a GiB stored. With `nowait` it is not even looked into.
         """
@@ -403,9 +415,14 @@ class Pages:
         with self._compaction:
             larger, least = False, max(SPAN, self.arena.used // _WORTH_SHARE)
             while True:
+                saving = self._saving
+                let_go = saving.let_go if saving is not None else 0
                 try:
                     return attempt(larger)
                 except StoreFull:
+                    if saving is not None:
+                        saving.wait(let_go)
+                        continue
                     if self.pool.gain() >= least and self._compact_locked():
                         continue
                     if larger:
@@ -422,6 +439,28 @@ class Pages:
 
     def _is_full(self) -> bool:
         return self.pool.room() + self.pool.gain() < self.arena.used // FULL_SHARE
+
+    # Saving
+
+    def save(self, fd: int) -> None:
+        """Write a snapshot to the file `fd`, from its beginning on, while others go on. Raises
+        DeviceBusy when there is one under way, SaveFailed, and what `checkpoint` raises."""
+        saving = Saving(self.arena, self.pool)
+
+        def publish() -> None:
+            self._saving = saving
+
+        with self._compaction:
+            if self._saving is not None:
+                raise DeviceBusy(
+                    "a snapshot is being made already", hint="try again when that has ended"
+                )
+            saving.begin(self._slot_locks, publish)
+        try:
+            saving.write_to(fd, self._slot_locks, self.checkpoint)
+        finally:
+            self._saving = None
+            saving.end()
 
     # Discarding
 
@@ -523,13 +562,10 @@ class Pages:
 
     def _stored(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """The parts of the slots first..last whose table pages are occupied."""
-        occupied = self.arena.table_pages.occupied
         end = -(-last // SLOTS_PER_TABLE_PAGE)
-        page = occupied.find(1, first // SLOTS_PER_TABLE_PAGE, end)
-        while page >= 0:
+        for page in self.arena.table_pages.pages(first // SLOTS_PER_TABLE_PAGE, end):
             base = page * SLOTS_PER_TABLE_PAGE
             yield max(base, first), min(base + SLOTS_PER_TABLE_PAGE, last)
-            page = occupied.find(1, page + 1, end)
 
     def _words(self, start: int, stop: int) -> list[int]:
         with self._slot_lock(start):

@@ -5,6 +5,9 @@ divide a span with the least left over, 65536 // n for n objects; below that the
 A span is opened in parts, as its objects are wanted: with 113 classes whole spans would keep 3 MiB
 waiting, parts keep 1 MiB (used / compressed of 260 MiB of programs: 1.040 and 1.022).
 
+While a snapshot is made (`saving.py`), the pool holds the spans that it has not reached: what is
+given back there is nobody's until it is let go, and the spans stay.
+
 A compaction (`compaction.py` moves the bytes) empties the sparsest spans of each class, as many as
 the free objects of the others can take in: `begin_compaction` marks them as leaving, and then
 nothing new comes to lie there. `end_compaction` makes ordinary again what is not empty by then.
@@ -23,7 +26,7 @@ compaction at a time. One lock guards all of it, never held while bytes are copi
 
 import heapq
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from zramd.errors import Corrupt, StoreFull
@@ -126,6 +129,8 @@ class Pool:
         self.leaving: dict[int, Span] = {}
         """The spans that compaction empties, by number. Who looks without the lock may be late."""
         self._given_back = 0  # pages, by the present compaction
+        self._held = range(0)  # indexes of the spans that are held
+        self._given_while_held: dict[int, list[int]] = {}  # by index, objects not to be taken yet
 
     def close(self) -> None:
         """Drop the bookkeeping, which an opener of an old generation would keep alive."""
@@ -202,6 +207,8 @@ class Pool:
     def give(self, addresses: Iterable[int]) -> None:
         """Give objects back."""
         with self._lock:
+            if self._held:
+                addresses = self._hold_back_locked(addresses)
             self._give_locked(addresses)
 
     def _open_span_locked(self, cls: int, larger: bool) -> tuple[int, list[int]]:
@@ -252,7 +259,7 @@ class Pool:
         arena = self._arena
         span = self._newest[cls]
         if span is not None and span.opened < SPAN:
-            arena.occupy(PART)
+            arena.occupy(span.base + span.opened, PART)
             self._open_part_locked(span)
             self._grown.append(span)
             return span.free
@@ -261,15 +268,14 @@ class Pool:
             raise arena.full()
         if not arena.map_pages.occupied[index // PAGE]:
             arena.map_pages.occupy(index // PAGE)
-        arena.occupy(PART)
+        base = arena.spans_at + index * SPAN
+        arena.occupy(base, PART)
         if self._vacant:
             heapq.heappop(self._vacant)
         else:
             self._unused += 1
         arena.span_map[index] = cls + 1
-        span = self.spans[index] = self._newest[cls] = Span(
-            index, arena.spans_at + index * SPAN, cls
-        )
+        span = self.spans[index] = self._newest[cls] = Span(index, base, cls)
         self._open_part_locked(span)
         return span.free
 
@@ -317,6 +323,18 @@ class Pool:
         self._arena.vacate(span.base, span.opened)
         heapq.heappush(self._vacant, span.index)
 
+    def in_use(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of all of the arena that is in use, ascending, neighbours not merged. For
+        an arena at rest."""
+        arena = self._arena
+        yield 0, PAGE
+        for start, region in ((PAGE, arena.table_pages), (arena.header.map_at, arena.map_pages)):
+            for page in region.pages():
+                yield start + page * PAGE, start + (page + 1) * PAGE
+        for index in sorted(self.spans):
+            span = self.spans[index]
+            yield span.base, span.base + span.opened
+
     def room(self) -> int:
         """Bytes that can still be occupied, in whole spans at most."""
         arena = self._arena
@@ -328,7 +346,7 @@ class Pool:
     def gain(self) -> int:
         """Bytes that a compaction would give back now. Microseconds; where other threads take and
         give, and during a compaction, it is an estimate."""
-        return SPAN * sum(self._emptiable())
+        return 0 if self._held else SPAN * sum(self._emptiable())
 
     def _emptiable(self) -> list[int]:
         """Per class, how many spans can be emptied into the others.
@@ -346,7 +364,7 @@ class Pool:
         """
         with self._lock:
             self._given_back = 0
-            counts = self._emptiable()
+            counts = [] if self._held else self._emptiable()
         for cls, count in enumerate(counts):
             if count:
                 for span in self._sparsest(cls, count):
@@ -390,6 +408,59 @@ class Pool:
                     self._partial[span.cls][span.index] = span
             self.leaving.clear()
             return self._given_back
+
+    # Saving
+
+    def hold(self) -> None:
+        """Hold all spans that there are. Not during a compaction."""
+        with self._lock:
+            self._held = range(self._unused)
+
+    def held(self, most: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the spans that are held, ascending, neighbours merged up to `most`
+        bytes; new ones in the place of some that were gone by then may be among them."""
+        start = stop = 0
+        for index in self._held:
+            span = self.spans.get(index)
+            if span is not None:
+                if span.base != stop or stop - start >= most:
+                    if stop:
+                        yield start, stop
+                    start = span.base
+                stop = span.base + span.opened
+        if stop:
+            yield start, stop
+
+    def let_go(self, stop: int) -> int:
+        """Hold no span that begins before this address; how many objects that lets go."""
+        index = -(-(stop - self._arena.spans_at) // SPAN)
+        count = 0
+        with self._lock:
+            for passed in range(self._held.start, index):
+                addresses = self._given_while_held.pop(passed, [])
+                self._give_locked(addresses)
+                count += len(addresses)
+            self._held = range(index, self._held.stop)
+        return count
+
+    def let_all_go(self) -> None:
+        with self._lock:
+            self._held = range(0)
+            for addresses in self._given_while_held.values():
+                self._give_locked(addresses)
+            self._given_while_held.clear()
+
+    def _hold_back_locked(self, addresses: Iterable[int]) -> list[int]:
+        """Those of `addresses` that are not held."""
+        base, held = self._arena.spans_at, self._held
+        free = []
+        for address in addresses:
+            index = (address - base) // SPAN
+            if index in held:
+                self._given_while_held.setdefault(index, []).append(address)
+            else:
+                free.append(address)
+        return free
 
     def check(self, taken: dict[int, int]) -> None:
         """Compare with the objects that the table names, {address: length}. Raises Corrupt.

@@ -30,13 +30,12 @@ Costs about 1 us for each page stored, and decompresses nothing. Assumes that no
 arena. The order of stores on which all this rests stands in `arena.py`.
 """
 
-import errno
 import os
 from collections.abc import Iterator
 from typing import Final
 
 from zramd.store import PAGE, SPAN
-from zramd.store.arena import Arena
+from zramd.store.arena import Arena, data_from
 from zramd.store.header import COMPACTED, HUGE_SINCE, figure
 from zramd.store.pages import HUGE_LENGTH, Counters, Pages
 from zramd.store.pool import CLASSES, NUMBER_SHIFT, UNIT, Pool
@@ -99,20 +98,10 @@ def recover(arena: Arena, comp: Comp) -> tuple[Pages, list[int]]:
 def _in_memory(arena: Arena, start: int, pages: int) -> Iterator[int]:
     """Which of the pages from byte `start` on are not holes."""
     at, stop = start, start + pages * PAGE
-    while (at := _data(arena, at)) < stop:
+    while (at := data_from(arena.fd, at, stop)) < stop:
         end = min(os.lseek(arena.fd, at, os.SEEK_HOLE), stop)
         yield from range((at - start) // PAGE, -(-(end - start) // PAGE))
         at = end
-
-
-def _data(arena: Arena, at: int) -> int:
-    """Where the first byte from `at` on is that is not in a hole; the arena's end for none."""
-    try:
-        return os.lseek(arena.fd, at, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return arena.size
 
 
 def _check(arena: Arena) -> tuple[Counters, dict[int, int], list[int]]:
@@ -188,17 +177,15 @@ def _sharers(arena: Arena, shared: set[int], lost: set[int]) -> list[tuple[int, 
     named its object. So all are marked first, which is no word that passes the check, and still
     says which object it shares.
     """
-    table, occupied = arena.table, arena.table_pages.occupied
+    table = arena.table
     found = []
-    page = occupied.find(1)
-    while page >= 0:
+    for page in arena.table_pages.pages():
         first = page * SLOTS_PER_TABLE_PAGE
         words = table[first : first + SLOTS_PER_TABLE_PAGE].tolist()
         for slot, word in enumerate(words, first):
             is_object = word and not word & INLINE
             if is_object and word >> ADDRESS_SHIFT in shared and slot not in lost:
                 found.append((slot, word))
-        page = occupied.find(1, page + 1)
     for slot, word in found:
         table[slot] = word | _SHARES
     return found
@@ -218,8 +205,7 @@ def _zero_classes(arena: Arena, named: dict[int, int]) -> None:
     """Move 3; and which pages of the span map are occupied."""
     occupied, span_map = arena.map_pages.occupied, arena.span_map
     first = arena.spans_at >> NUMBER_SHIFT
-    page = occupied.find(1)
-    while page >= 0:
+    for page in arena.map_pages.pages():
         classes = bytes(span_map[page * PAGE : (page + 1) * PAGE])
         kept = 0
         if any(classes):
@@ -230,29 +216,12 @@ def _zero_classes(arena: Arena, named: dict[int, int]) -> None:
                     else:
                         span_map[index] = 0
         occupied[page] = kept
-        page = occupied.find(1, page + 1)
 
 
 def _give_back(arena: Arena, pool: Pool) -> None:
     """Move 5: punch all that lies between what is in use, where there is anything."""
     at = 0
-    for start, stop in (*_in_use(arena, pool), (arena.size, arena.size)):
-        if at < start and _data(arena, at) < start:
+    for start, stop in (*pool.in_use(), (arena.size, arena.size)):
+        if at < start and data_from(arena.fd, at, start) < start:
             arena.punch(at, start - at)
         at = stop
-
-
-def _in_use(arena: Arena, pool: Pool) -> Iterator[tuple[int, int]]:
-    """(start, stop) of what is in use, ascending, neighbours not merged."""
-    yield 0, PAGE
-    for start, occupied in (
-        (PAGE, arena.table_pages.occupied),
-        (arena.header.map_at, arena.map_pages.occupied),
-    ):
-        page = occupied.find(1)
-        while page >= 0:
-            yield start + page * PAGE, start + (page + 1) * PAGE
-            page = occupied.find(1, page + 1)
-    for index in sorted(pool.spans):
-        span = pool.spans[index]
-        yield span.base, span.base + span.opened
