@@ -17,16 +17,20 @@ later moment; its own looks see them at once. That is x86's memory, and all that
 acquire loads promise: attributes in Python without the GIL. Locks and events empty the buffer of
 the thread that uses them, `kick` (for membarrier(2)) the buffers of all.
 
+What a thread does between two steps nobody can notice but who looks at all of memory at once, as
+a crash does: to him two steps that do not conflict are two moments more. `cuts` has these moments,
+all that lie in the present run and in those it stands for.
+
 What is watched finds itself: an attribute, of the classes named, that a thread changes once the
 object has been made. When a run comes upon a new one, all begins anew. Containers may be changed in
 place only under a lock: that is not seen. Threads are greenlets; a real one is never waited for.
 """
 
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import greenlet
 
@@ -35,6 +39,14 @@ Op = tuple[str, Any]
 
 _MOST_STEPS = 2000
 """In one run. The longest here have 150."""
+
+
+class Part(NamedTuple):
+    """What a step is on, where that is a part of a thing: it conflicts with what overlaps it."""
+
+    of: Any
+    start: int
+    stop: int
 
 
 class Deadlock(AssertionError):
@@ -80,7 +92,7 @@ def explore(
                         error.add_note(f"the order, THREAD:STEP: {_run.story()}")
                         raise
                     finally:
-                        _run.active = False
+                        _run.end()
                     if not _back(nodes):
                         return runs
             except _Unwatched as unwatched:
@@ -173,6 +185,12 @@ class _Run:
             self.current.greenlet.switch()
         self.active = False
 
+    def end(self) -> None:
+        """Unwind the threads of a run that was broken off, while it still is the present one."""
+        self.active = False
+        for thread in self.threads:
+            thread.greenlet.throw()
+
     def step(self, op: Op, ready: Callable[[], bool] = lambda: True) -> None:
         """The present thread can be preempted here. On return it is to do `op`, and is `ready`."""
         if not self.active:
@@ -189,6 +207,10 @@ class _Run:
         maker = self.current.index if self.active else -1
         self._made[maker] += 1
         self._names[id(thing)] = maker, self._made[maker]
+
+    def number(self) -> int:
+        """Of the step that is under way."""
+        return self._depth - 1
 
     def name(self, thing: object) -> tuple[int, int]:
         return self._names[id(thing)]
@@ -213,7 +235,7 @@ class _Run:
             if self._depth == len(self.nodes) - 1:  # new, or another way than in the last run
                 self._look_back(node)
             op = node.ops[chosen]
-            self._steps_on[None if op[0] == "die" else op[1]].append(self._depth)
+            self._steps_on[_thing(op)].append(self._depth)
             self._depth += 1
             if chosen < count:
                 self.current = self.threads[chosen]
@@ -288,7 +310,7 @@ class _Run:
             return range(self._depth)
         if op[0] == "die":
             return [index for lock in op[1] for index in self._steps_on[lock]]
-        return self._steps_on[op[1]] + self._steps_on[None]
+        return self._steps_on[_thing(op)] + self._steps_on[None]
 
     def _race(self, first: int, known: tuple[int, ...]) -> None:
         """See that from `nodes[first]` a way is tried on which the present step comes before that
@@ -328,12 +350,26 @@ def _conflict(one: Op, other: Op) -> bool:
         return (b in _TAKES and other_on in on) if a == "die" else (a in _TAKES and on in other_on)
     if a == "kick" or b == "kick":
         return a == "store" or b == "store"  # it waits for what has been stored by then
-    if on != other_on or on is None:
+    if on is None or not _meet(on, other_on):
         return False
     if a in _TAKES or b in _TAKES:
         # To give a lock back and then to take it cannot be swapped, but to try it can.
         return (a in _TAKES and b in _TAKES) or a == "try" or b == "try"
     return a == "change" or b == "change"
+
+
+def _meet(one: Any, other: Any) -> bool:
+    if isinstance(one, Part) and isinstance(other, Part):
+        return one.of == other.of and one.start < other.stop and other.start < one.stop
+    return bool(one == other)
+
+
+def _thing(op: Op) -> Any:
+    """Steps on different things do not conflict."""
+    step, on = op
+    if step == "die":
+        return None
+    return on.of if isinstance(on, Part) else on
 
 
 def _join(clock: list[int], other: tuple[int, ...]) -> None:
@@ -533,10 +569,64 @@ class Shared:
     def __init__(self) -> None:
         _run.christen(self)
 
-    def touch(self, *, change: bool = False) -> None:
-        _run.step(("change" if change else "look", _run.name(self)))
+    def touch(self, *, change: bool = False, part: tuple[int, int] | None = None) -> int:
+        """Returns the step's number; `part` is (start, stop) of what is touched."""
+        name = _run.name(self)
+        _run.step(("change" if change else "look", Part(name, *part) if part else name))
+        return _run.number()
 
 
 def held() -> list[Lock]:
     """The locks that the present thread holds."""
     return list(_run.current.held)
+
+
+# Moments
+
+
+Cut = tuple[int, ...]
+"""A moment: by thread, the number of its last step by then, -1 for none."""
+
+
+def mark() -> int:
+    """A step that is nothing to others; returns its number."""
+    _run.step(("mark", None))
+    return _run.number()
+
+
+def caused(one: int, other: int) -> bool:
+    """Whether step `one` of the run that has just ended precedes `other` in all it stands for."""
+    nodes = _run.nodes
+    return bool(nodes[other].clock[nodes[one].chosen] >= one)
+
+
+def cuts(steps: Iterable[int]) -> Iterator[tuple[Cut, Cut, int]]:
+    """All moments of the run that has just ended and of those it stands for, told apart by which of
+    these steps have been done: each with one that came just before, and the step between the two.
+
+    The moment at which none has been done is not among them. Not for runs with `weak`.
+    """
+    nodes, threads = _run.nodes, range(len(_run.threads))
+    following: dict[tuple[int, int], int] = {}
+    last = [-1 for _ in threads]
+    for step in sorted(set(steps)):
+        who = nodes[step].chosen
+        following[who, last[who]] = step
+        last[who] = step
+    none = (-1,) * len(threads)
+    seen, found = {none}, deque([none])
+    while found:
+        cut = found.popleft()
+        after = {who: following.get((who, cut[who])) for who in threads}
+        for who, step in after.items():
+            # Nothing that is still to come has caused it.
+            if step is None or any(
+                other is not None and other != step and caused(other, step)
+                for other in after.values()
+            ):
+                continue
+            later = (*cut[:who], step, *cut[who + 1 :])
+            if later not in seen:
+                seen.add(later)
+                found.append(later)
+                yield later, cut, step

@@ -149,3 +149,112 @@ def test_a_failure_tells_the_order_of_its_steps_and_the_classes_are_as_before():
     box.a = 5
     assert box.__dict__ == {"a": 5, "b": 0}
     assert "a" not in vars(Box)
+
+
+MEMORY = 4
+
+
+def crashes(programs: list[list[tuple]], reduce: bool) -> tuple[set, set, int]:
+    """What threads can leave in a memory if they are stopped at any moment; what there is in the
+    end, with what each has seen; and in how many runs that was found."""
+    found, ends = set(), set()
+    state = {}
+
+    def run(me: int, steps: list[tuple]) -> None:
+        for number, (step, *part) in enumerate(steps):
+            if step == "take":
+                state["lock"].acquire()
+            elif step == "give":
+                state["lock"].release()
+            elif step == "mark":
+                state["stores"][schedules.mark()] = me, number, 0, 0
+            else:
+                at = state["shared"].touch(change=step == "change", part=tuple(part))
+                if step == "change":
+                    state["stores"][at] = me, number, *part
+                    state["memory"][slice(*part)] = [(me, number)] * (part[1] - part[0])
+                else:
+                    state["seen"][me].append(tuple(state["memory"][slice(*part)]))
+
+    def make():
+        state.update(shared=schedules.Shared(), lock=Lock(), stores={})
+        state.update(memory=[None] * MEMORY, seen=[[] for _ in programs])
+        return [lambda me=me, steps=steps: run(me, steps) for me, steps in enumerate(programs)]
+
+    def after(memory: tuple, store: tuple) -> tuple:
+        """The bytes, each with who wrote it, and the last step of each thread."""
+        me, number, start, stop = store
+        content, done = memory
+        content = content[:start] + ((me, number),) * (stop - start) + content[stop:]
+        return content, (*done[:me], number, *done[me + 1 :])
+
+    def check() -> None:
+        stores = state["stores"]
+        ends.add((*state["memory"], *map(tuple, state["seen"])))
+        memory = (None,) * MEMORY, (-1,) * len(programs)
+        if reduce:
+            at = {(-1,) * len(programs): memory}
+            for cut, before, step in schedules.cuts(stores):
+                at[cut] = after(at[before], stores[step])
+            found.update(at.values())
+        else:
+            found.add(memory)
+            for store in stores.values():
+                memory = after(memory, store)
+                found.add(memory)
+
+    runs = explore([], make, check=check, reduce=reduce)
+    return found, ends, runs
+
+
+def stores(dice: random.Random) -> list[tuple]:
+    """What a thread does to parts of a memory, a piece of it under a lock."""
+    steps = []
+    for _ in range(dice.randrange(1, 4)):
+        start = dice.randrange(MEMORY)
+        kind = dice.choice(["change", "change", "look", "mark"])
+        steps.append((kind, start, dice.randrange(start, MEMORY) + 1))
+    if dice.random() < 0.7:
+        first = dice.randrange(len(steps))
+        steps.insert(dice.randrange(first, len(steps)) + 1, ("give",))
+        steps.insert(first, ("take",))
+    return steps
+
+
+def test_the_moments_of_the_runs_are_all_that_brute_force_passes_through():
+    few_runs = all_runs = 0
+    for seed in range(300):
+        dice = random.Random(seed)
+        programs = [stores(dice) for _ in range(dice.choice([2, 3]))]
+        if sum(map(len, programs)) > 8 or not any("change" in s for p in programs for s in p):
+            continue
+        *reduced, few = crashes(programs, reduce=True)
+        *everything, many = crashes(programs, reduce=False)
+        assert reduced == everything, f"seed {seed}: {programs}"
+        few_runs, all_runs = few_runs + few, all_runs + many
+        if all_runs > 10_000:
+            break
+    assert few_runs < all_runs / 50
+
+
+def test_the_threads_of_a_run_that_is_broken_off_are_unwound_at_once():
+    """Not when their garbage is collected, in the middle of another run."""
+    inside = []
+
+    def make():
+        assert not inside
+        one, other = Lock(), Lock()
+
+        def both(first: Lock, second: Lock) -> None:
+            inside.append(None)
+            try:
+                with first, second:
+                    pass
+            finally:
+                inside.pop()
+
+        return [lambda: both(one, other), lambda: both(other, one)]
+
+    with pytest.raises(Deadlock):
+        explore([], make)
+    assert not inside
