@@ -23,8 +23,6 @@ test_device.py.
 The checker itself is checked: a fault at a time is planted in the real code, and must be found.
 """
 
-import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -35,6 +33,7 @@ import pytest
 import zramd.device
 import zramd.gate
 from tests import schedules
+from tests.planted import plant
 from zramd.device import Counters, Zram
 from zramd.errors import DeviceBusy, NotInitialised
 from zramd.gate import Gate, Record
@@ -334,18 +333,6 @@ def test_with_store_buffers_too_nothing_is_freed_under_a_request_and_all_end(
 
 
 # Planted faults
-
-
-def plant(monkeypatch: pytest.MonkeyPatch, method: Any, *changes: tuple[str, str]) -> None:
-    """Replace pieces of a method's source, each of which stands there once."""
-    cls = {cls.__name__: cls for cls in (Gate, Zram)}[method.__qualname__.partition(".")[0]]
-    source = textwrap.dedent(inspect.getsource(method))
-    for old, new in changes:
-        assert source.count(old) == 1, f"the fault has lost its place: {old!r}"
-        source = source.replace(old, new)
-    space: dict[str, Any] = {}
-    exec(source, method.__globals__, space)
-    monkeypatch.setattr(cls, method.__name__, space[method.__name__])
 
 
 @dataclass

@@ -21,6 +21,7 @@ from tests.store import contents
 from tests.store.audit import audit
 from tests.store.contents import ZEROS, filled, noise, tagged, text
 from tests.store.test_pages_model import StoreAgainstBytearray
+from tests.store.watched import Watched, Watcher, watch
 from zramd.errors import BadArena, Corrupt, NoMemory, StoreFull
 from zramd.store import PAGE, SPAN
 from zramd.store.arena import Arena
@@ -319,43 +320,20 @@ def test_whenever_a_process_is_killed_what_it_has_promised_is_there(algorithm, o
     keeper.close()
 
 
-class Watched:
-    """Memory, each store to which is a place to be killed: before it, and after; in its middle, and
-    within a word of it, where it is not the store of one element."""
+class Steps(Watcher):
+    """Each store is two places to be killed at: before it, or a piece of it, and after."""
 
-    def __init__(self, memory: Any, step: Callable[[], None]) -> None:
-        self._memory = memory
+    def __init__(self, step: Callable[[], None]) -> None:
         self._step = step
 
-    def __getitem__(self, key: Any) -> Any:
-        return self._memory[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._step()
-        if isinstance(key, slice):
-            target = memoryview(self._memory)[key].cast("B")
-            content = bytes(value)
-            middle = len(content) // 2 | 1
-            target[:middle] = content[:middle]
-            self._step()
-            target[middle:] = content[middle:]
-        else:
-            self._memory[key] = value
+    def store(self, at: int, content: bytes) -> None:
         self._step()
 
+    def punch(self, at: int, size: int) -> None:
+        self._step()
 
-def watch(arena: Arena, step: Callable[[], None]) -> None:
-    """All stores to this arena become steps."""
-    for name in ("map", "table", "span_map", "figures"):
-        setattr(arena, name, Watched(getattr(arena, name), step))
-    punch = arena.punch
-
-    def watched_punch(offset: int, size: int) -> None:
-        step()
-        punch(offset, size)
-        step()
-
-    arena.punch = watched_punch
+    def stored(self) -> None:
+        self._step()
 
 
 def at_every_step(make: Callable[[], Any]) -> Iterator[int]:
@@ -387,7 +365,7 @@ def test_a_process_killed_while_it_makes_an_arena_leaves_none_or_a_whole_one(mon
 
     def watched_view(arena: Arena) -> None:
         view(arena)
-        watch(arena, lambda: pages_seen.append(os.pread(arena.fd, PAGE, 0)))
+        watch(arena, Steps(lambda: pages_seen.append(os.pread(arena.fd, PAGE, 0))))
 
     with monkeypatch.context() as patch:
         patch.setattr(Arena, "_view", watched_view)
@@ -449,7 +427,7 @@ def test_at_whatever_store_a_process_is_killed_what_it_has_promised_is_there(scr
                 journal.rest[0] = pages.arena.used
                 step()
 
-            watch(pages.arena, step_and_tell)
+            watch(pages.arena, Steps(step_and_tell))
             SCRIPTS[script](journal, pages)
 
         def check() -> None:
@@ -481,7 +459,7 @@ def test_a_recovery_that_is_killed_can_be_repeated_and_reports_the_same():
 
         def body(step: Callable[[], None]) -> None:
             arena = Arena.adopt(pages.arena.fd)
-            watch(arena, step)
+            watch(arena, Steps(step))
             _, lost = recover(arena, Comp(Algorithm("lz4")))
             assert lost == broken
 
@@ -523,7 +501,7 @@ def test_who_is_interrupted_while_he_stores_words_has_stored_none(request_):
 
     for first in range(1, 20):
         left[0] = first
-        pages.arena.table = Watched(table, interrupt)
+        pages.arena.table = Watched(table, PAGE, Steps(interrupt))
         try:
             request_(pages)
         except KeyboardInterrupt:
