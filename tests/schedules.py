@@ -594,27 +594,41 @@ def mark() -> int:
     return _run.number()
 
 
+def running() -> bool:
+    return bool(_run.active)
+
+
+def steps() -> int:
+    """How many the run that has just ended has had."""
+    return len(_run.nodes)
+
+
+def is_done(step: int, cut: Cut) -> bool:
+    return step <= cut[_run.nodes[step].chosen]
+
+
 def caused(one: int, other: int) -> bool:
     """Whether step `one` of the run that has just ended precedes `other` in all it stands for."""
     nodes = _run.nodes
     return bool(nodes[other].clock[nodes[one].chosen] >= one)
 
 
-def cuts(steps: Iterable[int]) -> Iterator[tuple[Cut, Cut, int]]:
+def cuts(among: Iterable[int]) -> Iterator[tuple[Cut, Cut | None, int]]:
     """All moments of the run that has just ended and of those it stands for, told apart by which of
     these steps have been done: each with one that came just before, and the step between the two.
 
-    The moment at which none has been done is not among them. Not for runs with `weak`.
+    The first, at which none has been done, comes with None. Not for runs with `weak`.
     """
     nodes, threads = _run.nodes, range(len(_run.threads))
     following: dict[tuple[int, int], int] = {}
     last = [-1 for _ in threads]
-    for step in sorted(set(steps)):
+    for step in sorted(among):
         who = nodes[step].chosen
         following[who, last[who]] = step
         last[who] = step
     none = (-1,) * len(threads)
     seen, found = {none}, deque([none])
+    yield none, None, -1
     while found:
         cut = found.popleft()
         after = {who: following.get((who, cut[who])) for who in threads}

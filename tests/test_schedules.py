@@ -193,9 +193,9 @@ def crashes(programs: list[list[tuple]], reduce: bool) -> tuple[set, set, int]:
         ends.add((*state["memory"], *map(tuple, state["seen"])))
         memory = (None,) * MEMORY, (-1,) * len(programs)
         if reduce:
-            at = {(-1,) * len(programs): memory}
+            at = {}
             for cut, before, step in schedules.cuts(stores):
-                at[cut] = after(at[before], stores[step])
+                at[cut] = memory if before is None else after(at[before], stores[step])
             found.update(at.values())
         else:
             found.add(memory)
