@@ -844,14 +844,14 @@ FAULTS = {
     "a part is charged when an object of it is handed out": Fault(
         "two writes that open a span",
         "more is used",
-        (Pool._grow_locked, ("arena.occupy(PART)\n    if self._vacant", "if self._vacant")),
+        (Pool._grow_locked, ("arena.occupy(base, PART)\n    if self._vacant", "if self._vacant")),
         (
             Pool.take,
             _TAKE,
             (
                 "return taken",
-                "for _ in set(self.spans) - before:\n"
-                "        self._arena.occupy(PART)\n"
+                "for index in set(self.spans) - before:\n"
+                "        self._arena.occupy(self.spans[index].base, PART)\n"
                 "    return taken",
             ),
         ),
