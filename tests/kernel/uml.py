@@ -86,8 +86,10 @@ def run(
     memory: str = "512M",
     environment: dict[str, str] | None = None,
     directory: Path | None = None,
+    disk: Path | None = None,
 ) -> Finished:
-    """Boot, run `command` in `directory` as root, shut down; killed after `limit_s` seconds."""
+    """Boot, run `command` in `directory` as root, shut down; killed after `limit_s` seconds. `disk`:
+    a file that is /dev/ubda, and stays as the guest leaves it."""
     marker = f"guest-status-{uuid.uuid4().hex}"
     with guest_place() as place:
         init = place / "init"
@@ -107,6 +109,7 @@ def run(
             place,
             *("rootfstype=hostfs", "rootflags=/", "ro", f"init={init}"),
             *("quiet", "loglevel=1"),
+            *(() if disk is None else (f"ubd0={disk}",)),
             limit_s=limit_s,
             memory=memory,
         )

@@ -12,6 +12,7 @@ from zramd import sizes
 from zramd.cli.options import name_argument, progress, talk
 from zramd.control.client import Control
 from zramd.errors import BadValue, SaveFailed
+from zramd.kernel import attach, use
 from zramd.service.runtime import Paths
 
 
@@ -20,12 +21,16 @@ from zramd.service.runtime import Paths
 @click.argument("file", type=click.Path(path_type=Path))
 def command(name: str, file: Path) -> None:
     """Write a snapshot of the device NAME to FILE: all its pages, compressed as they are, as they
-    were at one moment. It may be in use meanwhile.
+    were at one moment. It may be in use meanwhile: of a file system mounted from it, it is what a
+    crash at that moment would have left, with all that had been written when this began.
 
     What stands at FILE is replaced when the snapshot is complete and on the disk, and not before.
     `zramd restore` makes a device of it.
     """
     with Control(Paths(name).control_socket) as control, _replacing(file) as descriptor:
+        attachment = attach.attached(name)
+        if attachment is not None:
+            use.sync(attachment.node)
         expected = control.statistics().mem_used_total
         with progress(f"saving {name}", expected) as shown:
             control.save(descriptor, lambda: shown(os.fstat(descriptor).st_size))

@@ -139,6 +139,13 @@ def mount(node: str, directory: Path, fstype: str = "ext4") -> None:
     tools.run("mount", "-t", fstype, "-o", "discard", node, os.fspath(directory), error=UseFailed)
 
 
+def sync(node: str) -> None:
+    """Have all that was written to file systems mounted from the node arrive at it."""
+    for user in users(node):
+        if user.kind == "mount":
+            tools.run("sync", "--file-system", user.where, error=UseFailed)
+
+
 def release(node: str) -> None:
     """Stop every use of the node; UseFailed names what holds on. Unused: nothing."""
     in_use = users(node)

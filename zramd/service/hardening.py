@@ -188,11 +188,11 @@ def _mappings() -> list[tuple[int, int, str, str]]:
 
 
 def _fault_in() -> None:
-    """Have all of us in memory: code, data, heap, stacks; but for an arena, which knows itself what
-    of it is to be there, and for nbdkit's 192 MiB of zeros that it never touches."""
+    """Have all of us in memory: code, data, heap, stacks; but for an arena, our only shared memory,
+    which knows itself what of it is to be there, and for nbdkit's 192 MiB of zeros that it never touches."""
     for start, stop, mode, name in _mappings():
         unused = not name and stop - start > _LARGE
-        if "r" not in mode or unused or "zramd-arena" in name or name.startswith("[v"):
+        if "r" not in mode or unused or mode.endswith("s") or name.startswith("[v"):
             continue
         advice = _MADV_POPULATE_WRITE if "w" in mode else _MADV_POPULATE_READ
         for first, last in _not_shared(start, stop):

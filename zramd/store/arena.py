@@ -126,6 +126,12 @@ class Arena:
         if path is not None:
             self.map[BOOT_AT : BOOT_AT + BOOT_SIZE] = boot()
         self.map[: len(MAGIC)] = MAGIC
+        if path is not None:
+            try:
+                self.map.flush(0, PAGE)  # it shall be known for what it is, whatever becomes of it
+            except OSError as error:
+                self.close()
+                raise NoMemory(f"{path} cannot be written: {error.strerror}") from error
 
     @classmethod
     def adopt(cls, fd: int, path: Path | None = None) -> "Arena":
