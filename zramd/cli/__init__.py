@@ -17,6 +17,7 @@ from zramd.errors import BadValue, ZramdError
 
 VERBS: Final = (
     *("list", "up", "down", "serve", "attach", "detach", "get", "set", "reset"),
+    "upgrade",
     *("doctor", "check-config", "install-units"),
 )
 _INTERRUPTED: Final = 130
