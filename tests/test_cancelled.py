@@ -233,7 +233,9 @@ def test_a_service_that_is_cancelled_at_any_await_leaves_nothing(monkeypatch):
 
             async def serve() -> None:
                 config = Config(disksize=zram.disksize)
-                serving = worker._serve(zram, mine.paths, config, Alone(), (), False, lambda: None)
+                serving = worker._serve(
+                    zram, mine.paths, config, Alone(), threading.Event(), False, lambda: None
+                )
                 service = asyncio.ensure_future(cutting(serving))
                 while not service.done() and not mine.paths.control_socket.exists():
                     await asyncio.sleep(0.001)

@@ -1,187 +1,29 @@
-"""A worker that is killed at any instant loses nothing.
+"""A worker that is killed at any instant loses nothing that a client was told was written.
 
-Clients write to a server whose worker is killed again and again, connect again, and verify every
-page of theirs: it reads as the last write left it that was answered, or as one that was under way
-and never answered; and then it stays so. scripts/long runs KILLS=2000.
+`tests/verifying.py` says what the clients do. scripts/long runs KILLS=2000.
 """
 
 import os
 import random
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from tests import places
-from tests.nbd.harness import RawClient, request
-from tests.store.contents import noise, part_noise, text
-from zramd.control.client import Control
-from zramd.errors import ServerFailed
-from zramd.nbd.address import UnixAddress
-from zramd.nbd.wire import NBD_CMD_TRIM, NBD_CMD_WRITE
-from zramd.service.runtime import Paths
-from zramd.store import PAGE
+from tests.verifying import clients_of, worker_after
 
-ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", "200"))
-CLIENTS = 3
-REGION = 96  # pages of a client; 512 share a table page, so clients share slot locks and spans
-DEADLINE_S = 30
-ZEROS = bytes(PAGE)
-
-
-class Client(threading.Thread):
-    """Writes to pages of its own, with up to 8 requests under way, and knows what each may hold."""
-
-    def __init__(self, path: Path, number: int, ended: threading.Event) -> None:
-        super().__init__(name=f"client {number}")
-        self.first = number * REGION
-        self.may_hold: list[list[bytes]] = [[ZEROS] for _ in range(REGION)]
-        self.fault: BaseException | None = None
-        self.answered = 0
-        self.lost = 0
-        self._path = path
-        self._ended = ended
-        self._random = random.Random(number)
-
-    def run(self) -> None:
-        try:
-            while not self._ended.is_set():
-                try:
-                    with self.connected() as client:
-                        self.verify(client)
-                        while not self._ended.is_set():
-                            self.batch(client)
-                except (EOFError, OSError, ServerFailed):
-                    self.lost += 1
-        except BaseException as fault:
-            self.fault = fault
-
-    @contextmanager
-    def connected(self) -> Iterator[RawClient]:
-        with RawClient(UnixAddress(self._path)) as client:
-            yield client
-
-    def verify(self, client: RawClient) -> None:
-        """Every page holds what it may hold, and from now on nothing else."""
-        data = client.read(self.first * PAGE, REGION * PAGE)
-        for page, may_hold in enumerate(self.may_hold):
-            holds = data[page * PAGE : (page + 1) * PAGE]
-            assert holds in may_hold, f"page {self.first + page} holds {holds[:16]!r}..."
-            self.may_hold[page] = [holds]
-
-    def batch(self, client: RawClient) -> None:
-        """Some requests at once, no two for one page, and then their answers, in any order."""
-        pages = self._random.sample(range(REGION // 4), 8)
-        under_way = {}
-        message = b""
-        for cookie, quarter in enumerate(pages):
-            count = self._random.randint(1, 4)
-            page = quarter * 4
-            new = [self.content() for _ in range(count)]
-            place = (self.first + page) * PAGE, count * PAGE
-            if self._random.random() < 0.15:
-                new = [ZEROS] * count
-                message += request(NBD_CMD_TRIM, *place, cookie=cookie)
-            else:
-                message += request(NBD_CMD_WRITE, *place, cookie=cookie) + b"".join(new)
-            for at, content in enumerate(new, page):
-                self.may_hold[at].append(content)
-            under_way[cookie] = page, new
-        client.send(message)
-        while under_way:
-            cookie, error = client.reply()
-            assert error == 0
-            page, new = under_way.pop(cookie)
-            for at, content in enumerate(new, page):
-                self.may_hold[at] = [content]
-            self.answered += 1
-
-    def content(self) -> bytes:
-        seed = self._random.getrandbits(32)
-        kind = seed % 5
-        if kind == 0:
-            return noise(seed)
-        if kind == 1:
-            return seed.to_bytes(8, "little") * (PAGE // 8)
-        if kind == 2:
-            return part_noise(seed, seed % 3000 + 1)
-        return text(seed)
-
-
-def worker_after(paths: Paths, before: int) -> int:
-    """The worker that has come after `before`, when it answers."""
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        assert time.monotonic() < deadline, "no other worker has come"
-        worker = paths.worker()
-        if worker not in (0, before, paths.server()):  # not written down yet
-            try:
-                with Control(paths.control_socket) as control:
-                    control.statistics()
-                return worker
-            except ServerFailed:
-                pass  # it answers a moment later
-        time.sleep(0.005)
 
 
 @pytest.mark.timeout(280 if KILLS <= 200 else 20 * KILLS)
 @pytest.mark.parametrize("options", [[], ["--mem-limit=8M", "--prealloc"]], ids=["", "reserved"])
 def test_no_page_is_lost_or_wrong_however_often_the_worker_is_killed(options, monkeypatch):
-    with places.place(places.RUNTIME) as runtime:
-        monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(runtime))
-        paths, log = Paths("k0"), runtime / "stderr"
-        with log.open("wb") as stderr:
-            server = subprocess.Popen(
-                [
-                    *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "tests.unlimited"),
-                    *("serve", "k0", "--disksize=16M", *options),
-                ],
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stderr=stderr,
-            )
-        ended = threading.Event()
-        clients = [Client(paths.nbd_socket, number, ended) for number in range(CLIENTS)]
-        try:
-            while "is served on" not in log.read_text():
-                assert server.poll() is None
-                time.sleep(0.01)
-            numbers = random.Random(7)
-            for client in clients:
-                client.start()
-            worker = worker_after(paths, 0)
-            for _ in range(KILLS // 2):
-                time.sleep(numbers.uniform(0, 0.2))
-                os.kill(worker, signal.SIGKILL)
-                worker = worker_after(paths, worker)
-                assert all(client.fault is None for client in clients)
-            answered = sum(client.answered for client in clients)
-            while sum(client.answered for client in clients) == answered:
-                time.sleep(0.01)
-            ended.set()
-            for client in clients:
-                client.join(DEADLINE_S)
-                assert client.fault is None
-            with RawClient(UnixAddress(paths.nbd_socket)) as last:
-                for client in clients:
-                    client.verify(last)
-            with Control(paths.control_socket) as control:
-                control.set("compact", "1")
-                stored = sum(page != [ZEROS] for client in clients for page in client.may_hold)
-                assert control.statistics().orig_data_size == stored * PAGE
-            said = log.read_text()
-            assert "lost" not in said, said
-            assert "Traceback" not in said, said
-            assert said.count("another has taken over") == KILLS // 2
-            print(f"{answered} requests answered, {sum(c.lost for c in clients)} connections lost")
-        finally:
-            ended.set()
-            server.kill()
-            server.wait()
+    numbers = random.Random(7)
+    with clients_of("k0", *options, monkeypatch=monkeypatch) as served:
+        worker = worker_after(served.paths, 0)
+        for _ in range(KILLS // 2):
+            time.sleep(numbers.uniform(0, 0.2))
+            os.kill(worker, signal.SIGKILL)
+            worker = worker_after(served.paths, worker)
+            served.must_be_right()
+        assert served.log.read_text().count("another has taken over") == KILLS // 2

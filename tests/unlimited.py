@@ -1,10 +1,15 @@
-"""`zramd`, but that it never tires of workers that die: python -m tests.unlimited VERB ..."""
+"""`zramd`, but that it never tires of workers that die, and waits as long as LOAD_S and LEAVE_S say
+for those that come and go in an upgrade: python -m tests.unlimited VERB ..."""
+
+import os
 
 from zramd.cli import main
-from zramd.service import supervisor
+from zramd.service import candidate, supervisor
 
 supervisor.MOST_DEATHS = 1 << 20
 supervisor.PAUSES_S = (0.0,)
+candidate.LOAD_S = float(os.environ.get("LOAD_S", candidate.LOAD_S))
+candidate.LEAVE_S = float(os.environ.get("LEAVE_S", candidate.LEAVE_S))
 
 if __name__ == "__main__":
     main()

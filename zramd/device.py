@@ -47,7 +47,7 @@ from zramd.gate import Gate
 from zramd.opener import IoCounts, Opener
 from zramd.statistics import Statistics
 from zramd.store import PAGE
-from zramd.store.arena import Arena, default_mem_limit
+from zramd.store.arena import Arena, default_mem_limit, remove
 from zramd.store.image import find, unpack, unseal
 from zramd.store.pages import Counters, Pages
 from zramd.store.recovery import recover
@@ -154,7 +154,13 @@ class Zram:
                 fd = find(self._path, wait_s)
             except BadArena as error:
                 raise error.of(self._path) from error
-            return None if fd is None else self._adopt_or_close_locked(fd)
+            if fd is None:
+                return None
+            try:
+                return self._adopt_locked(fd, self.on_arena)
+            except BaseException:
+                os.close(fd)
+                raise
 
     def restore(self, fd: int) -> list[int]:
         """Give the device the content of the snapshot that the file `fd` has, and all else that an
@@ -166,23 +172,17 @@ class Zram:
             self._must_be_new()
             arena = unpack(fd, self._path)
             try:
-                return self._adopt_or_close_locked(arena)
+                return self._adopt_locked(arena, self.on_arena)
             except BaseException:
                 if self._path is not None:
-                    self._path.unlink(missing_ok=True)
+                    remove(arena, self._path)
+                os.close(arena)
                 raise
-
-    def _adopt_or_close_locked(self, fd: int) -> list[int]:
-        try:
-            return self._adopt_locked(fd, self.on_arena)
-        except BaseException:
-            os.close(fd)
-            raise
 
     def _adopt_locked(self, fd: int, tell: Callable[[int], None]) -> list[int]:
         """`tell`: who keeps arenas, where he has it not."""
         try:
-            arena = Arena.adopt(fd, self._path)
+            arena = Arena.adopt(fd)
             try:
                 algorithm = Algorithm.parse(arena.header.algorithm)
                 comp = Comp(algorithm)

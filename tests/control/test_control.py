@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import zramd
 from zramd import errors
 from zramd.control.client import Control
 from zramd.control.server import ControlThread
@@ -122,6 +123,13 @@ def test_after_stop_nobody_can_open_the_device_any_more(control, zram, stopped):
     assert stopped.is_set()
     with pytest.raises(NotInitialised):
         zram.open("too late")
+
+
+def test_what_cannot_be_upgraded_says_so_and_serves_on(control, zram):
+    assert control.version() == zramd.__version__
+    with pytest.raises(NotSupported, match="the server of zram0 cannot be upgraded in use"):
+        control.upgrade(["/bin/true"])
+    assert control.statistics() == zram.statistics()
 
 
 def test_the_reply_to_stop_arrives_though_the_server_ends_at_once(zram, place):

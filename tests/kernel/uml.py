@@ -88,8 +88,8 @@ def run(
     directory: Path | None = None,
     disk: Path | None = None,
 ) -> Finished:
-    """Boot, run `command` in `directory` as root, shut down; killed after `limit_s` seconds. `disk`:
-    a file that is /dev/ubda, and stays as the guest leaves it."""
+    """Boot, run `command` in `directory` as root, shut down; killed after `limit_s` seconds.
+    `disk`: a file that is /dev/ubda, and stays as the guest leaves it."""
     marker = f"guest-status-{uuid.uuid4().hex}"
     with guest_place() as place:
         init = place / "init"

@@ -28,7 +28,7 @@ from zramd.opener import Opener
 MIB = 1 << 20
 SIZE = 64 * MIB
 LONG = INLINE + 4096
-EIO, ENOSPC, ESHUTDOWN = 5, 28, 108
+EIO, EINVAL, ENOSPC, ESHUTDOWN = 5, 22, 28, 108
 
 
 @pytest.fixture
@@ -737,6 +737,72 @@ def test_close_answers_what_is_in_flight_and_refuses_the_rest(zram, tmp_path, he
         closing.result(30)
         assert running.server.connections == 0
         assert openers(zram) == ()
+    running.close()
+
+
+def test_a_leave_answers_what_was_sent_as_it_should_be_and_leaves_the_socket(zram, tmp_path, held):
+    running = RunningServer(zram)
+    address = running.listen(UnixAddress(tmp_path / "nbd.sock"))
+    content = noise(4096)
+    with RawClient(address) as client:
+        client.send(request(NBD_CMD_READ, 0, LONG, cookie=1))
+        wait_for(lambda: held.inside)
+        (served,) = running.server.live
+        closing = running.begin(running.server.close(leave=True))
+        wait_for(lambda: served._gathers)
+        client.send(request(NBD_CMD_WRITE, 8192, 4096, cookie=2) + content)
+        client.send(request(NBD_CMD_READ, 8192, 4096, cookie=3))
+        client.send(request(NBD_CMD_READ, 1 << 40, 512, cookie=4))
+        client.send(request(NBD_CMD_WRITE, 0, LONG, cookie=5) + bytes(LONG))
+        wait_for(lambda: len(served._gathered) == 4)
+        held.set()
+        read = {}
+        for _ in range(5):
+            cookie, error = client.reply()
+            assert error == (EINVAL if cookie == 4 else 0), cookie
+            if cookie in (1, 3):
+                read[cookie] = client.receive(LONG if cookie == 1 else 4096)
+        assert read[3] == content
+        assert client.ended()
+        closing.result(30)
+    assert openers(zram) == ()
+    assert address.path.exists()
+    running.close()
+
+
+@pytest.mark.parametrize("size", [512, 4096, INLINE])
+def test_a_leave_leaves_no_request_of_a_kernel_unanswered_or_failed(zram, tmp_path, size):
+    running = RunningServer(zram)
+    address = running.listen(UnixAddress(tmp_path / "nbd.sock"))
+    kernel = LikeTheKernel(address, 16, bytes(size))
+    thread = threading.Thread(target=kernel.run, args=(0,))
+    thread.start()
+    wait_for(lambda: len(kernel.answers) > 50)
+    running.do(running.server.close(leave=True))
+    thread.join(DEADLINE_S)
+    assert sorted(kernel.answers) == [(n, 0) for n in range(kernel.sent)]
+    kernel.client.sock.close()
+    running.close()
+
+
+def test_who_leaves_has_no_more_answers_in_memory_than_a_kernel_asks_for(
+    zram, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(connection, "QUIET_SECONDS", 3600)
+    monkeypatch.setattr(connection, "_MOST_GATHERED_BYTES", 8192)
+    running = RunningServer(zram)
+    address = running.listen(UnixAddress(tmp_path / "nbd.sock"))
+    with RawClient(address) as client:
+        (served,) = running.server.live
+        closing = running.begin(running.server.close(leave=True))
+        wait_for(lambda: served._gathers)
+        client.send(request(NBD_CMD_READ, 0, 8192))
+        wait_for(lambda: served._gathered)
+        running.ask(served._end_when_quiet)
+        assert client.reply() == (1, 0)
+        assert client.receive(8192) == bytes(8192)
+        assert client.ended()
+        closing.result(30)
     running.close()
 
 

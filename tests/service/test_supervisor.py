@@ -5,128 +5,20 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests import places
 from tests.nbd.harness import RawClient, request, wait_for
-from tests.store.contents import noise, text
-from zramd.control.client import Control
+from tests.service.server import CONTENTS, ROOT, Server, check, lives, write
 from zramd.errors import BadValue, NoServer, ServerFailed
 from zramd.nbd.address import TcpAddress, UnixAddress
 from zramd.nbd.wire import NBD_CMD_TRIM
-from zramd.service.runtime import Paths
-from zramd.service.supervisor import MOST_DEATHS
 from zramd.statistics import Statistics
 from zramd.store import PAGE
 
-ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
-
-
-class Server:
-    """`zramd serve s0 ...`, and what can happen to it."""
-
-    def __init__(self, *arguments: str, reader_leaves: bool = False) -> None:
-        """`reader_leaves`: who reads its stderr does so until it is ready."""
-        self.paths = Paths("s0")
-        self.log = self.paths.dir.parent / "stderr"
-        with self.log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "zramd.cli", "serve", "s0", *arguments],
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.PIPE if reader_leaves else stderr,
-                env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
-            )
-        if self.process.stderr is not None:
-            while b" is served on " not in self.process.stderr.readline():
-                assert self.process.poll() is None
-            self.process.stderr.close()
-        else:
-            wait_for(lambda: self.said(" is served on ") or self.process.poll() is not None)
-        # The supervisor writes down who serves when it has answered him.
-        wait_for(lambda: self.worker != self.process.pid or self.process.poll() is not None)
-
-    def said(self, words: str) -> int:
-        return self.log.read_text().count(words)
-
-    @property
-    def worker(self) -> int:
-        return self.paths.worker()
-
-    def kill_worker(self, signal_number: int = signal.SIGKILL) -> None:
-        """Returns when another serves, and stands in the lock file."""
-        before, served = self.worker, self.said(" is served on ")
-        os.kill(before, signal_number)
-        wait_for(lambda: self.said(" is served on ") > served and self.worker != before)
-
-    def wear_out(self) -> None:
-        """Kill workers until no other is started."""
-        for _ in range(MOST_DEATHS - 1):
-            self.kill_worker()
-        os.kill(self.worker, signal.SIGKILL)
-        wait_for(lambda: self.said("its pages are kept"))
-
-    def begin_again(self) -> None:
-        """Have one started all the same; returns when it serves."""
-        served = self.said(" is served on ")
-        self.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: self.said(" is served on ") > served)
-        wait_for(lambda: self.worker != self.process.pid)
-
-    def client(self) -> RawClient:
-        return RawClient(UnixAddress(self.paths.nbd_socket))
-
-    def control(self) -> Control:
-        return Control(self.paths.control_socket)
-
-    def end(self, signal_number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(signal_number)
-        return self.process.wait(30)
-
-
-@pytest.fixture
-def start(monkeypatch) -> Iterator[type[Server]]:
-    with places.place(places.RUNTIME) as runtime:
-        monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(runtime))
-        started: list[Server] = []
-
-        def start(*arguments: str, **more: bool) -> Server:
-            started.append(Server(*(arguments or ("--disksize=64M",)), **more))
-            return started[-1]
-
-        yield start  # type: ignore[misc]
-        for server in started:
-            server.process.kill()
-            server.process.wait()
-        wait_for(lambda: not any(_lives(server.worker) for server in started))
-
-
-def _lives(process: int) -> bool:
-    try:
-        return process != 0 and " Z " not in Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return False
-
-
-CONTENTS = {0: noise(1), 1: text(2), 2: b"12345678" * 512, 3: bytes(PAGE), 700: noise(3)}
-
-
-def write(server: Server) -> None:
-    with server.client() as client:
-        for page, content in CONTENTS.items():
-            client.write(page * PAGE, content)
-
-
-def check(server: Server) -> None:
-    with server.client() as client:
-        for page, content in CONTENTS.items():
-            assert client.read(page * PAGE, PAGE) == content, page
-        assert client.read(5 * PAGE, PAGE) == bytes(PAGE)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
@@ -300,7 +192,7 @@ def test_a_worker_dies_with_its_supervisor(start):
     worker = server.worker
     server.process.kill()
     server.process.wait()
-    wait_for(lambda: not _lives(worker))
+    wait_for(lambda: not lives(worker))
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
@@ -309,7 +201,7 @@ def test_a_server_that_is_told_to_end_ends_with_its_worker_also_the_second(start
     server.kill_worker()
     worker = server.worker
     assert server.end(how) == 0
-    assert not _lives(worker)
+    assert not lives(worker)
     assert not server.paths.dir.exists()
 
 

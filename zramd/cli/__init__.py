@@ -17,7 +17,7 @@ from zramd.errors import BadValue, ZramdError
 
 VERBS: Final = (
     *("list", "up", "down", "serve", "attach", "detach", "get", "set", "reset"),
-    *("save", "restore"),
+    *("save", "restore", "upgrade"),
     *("doctor", "check-config", "install-units"),
 )
 _INTERRUPTED: Final = 130

@@ -186,13 +186,12 @@ def device_options(command: _F) -> _F:
     return command
 
 
-def config_of(file: Path | None, options: dict[str, Any]) -> config.Config:
-    """The device that `file` describes, or where that is None, `options`: fields of Config, and
-    `restore` where there is something that says more of it."""
-    restore = options.pop("restore", None)
+def config_of(file: Path | None, options: dict[str, Any], *, found: bool = False) -> config.Config:
+    """The device that `file` describes, or where that is None, `options`: fields of Config.
+    `found`: there is something else that says its disksize."""
     if file is not None:
         return config_in(file)
-    if options["disksize"] is None and options["arena"] is None and restore is None:
+    if options["disksize"] is None and options["arena"] is None and not found:
         raise BadValue(
             "neither --disksize nor --config says what to make",
             hint=f"give one of them; see `{click.get_current_context().command_path} --help`",

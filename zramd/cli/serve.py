@@ -11,8 +11,11 @@ import click
 
 from zramd import sizes, without_ssl  # noqa: F401 - it is what it does that counts
 from zramd.cli.options import FILE, config_of, device_options, name_argument, talk
+from zramd.errors import ZramdError
 from zramd.kernel import attach
-from zramd.service import hardening, systemd, worker
+from zramd.service import handover, hardening, systemd, worker
+from zramd.service.candidate import stand_by
+from zramd.service.config import Config
 from zramd.service.runtime import claim
 from zramd.service.supervisor import supervise
 
@@ -46,12 +49,27 @@ def command(
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
     form = "%(asctime)s %(levelname)s %(message)s" if background else "zramd: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form)
-    config = config_of(file, options | {"restore": restore})
+    handed = handover.received()
+    config: Config | None
+    try:
+        config = config_of(file, options, found=restore is not None)
+    except ZramdError:
+        if handed is None or handed.role == "candidate":
+            raise
+        # The candidate has read the file, which has changed since. It has the pages to keep all
+        # the same; the next worker will say what is wrong, and the last of them leaves them here.
+        config = None
     passed = systemd.passed_sockets()
-    with claim(name) as held:  # first: who is refused has taken no memory
-        log = held.paths.log if background else None
-        link = supervise(held, harden=config.use is not None, log=log)
-        # From here on in each worker: the first, and those that take over from one that died.
+    # The claim comes first: who is refused has taken no memory.
+    with claim(name) if handed is None else handed.claimed(name) as held:
+        harden = config is None or config.use is not None
+        if handed is not None and handed.role == "candidate":
+            link = stand_by(handed, harden=harden)
+        else:
+            log = held.paths.log if background else None
+            link = supervise(held, harden=harden, log=log, passed=passed, handed=handed)
+        # From here on in each worker: the first, and those that take over.
+        config = config or config_of(file, options, found=restore is not None)
         zram, missing = worker.build(name, config, link, restore)
         for what in missing:
             talk(f"{name} can do without, but had better have, {what}")
@@ -65,7 +83,6 @@ def command(
             hardening.log_beside()
         worker.run(
             *(zram, config, held.paths, link),
-            passed=passed,
             background=background,
             reconnect=partial(attach.reconnect, name, held.paths.nbd_socket, name, dead=True),
         )

@@ -7,7 +7,7 @@ one that ends, or does not answer, while it is being asked is ServerFailed.
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from asyncvarlink import (
     VarlinkTransport,
 )
 from asyncvarlink.conversion import ConversionError
+from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from zramd.control.interface import DeviceInterface, Failed, statistics_from_reply
 from zramd.errors import NoServer, ServerFailed, ZramdError
@@ -106,6 +107,18 @@ class Control:
     def stop(self, *, force: bool = False) -> None:
         """Returns when the server has agreed to end, not when it has ended."""
         self._call(self._device.Stop(force=force))
+
+    def version(self) -> str:
+        """The server's, of zramd."""
+        service = self._protocol.make_proxy(VarlinkServiceInterface)
+        version: str = self._call(service.GetInfo(), ANSWER_S)["version"]
+        return version
+
+    def upgrade(self, program: Sequence[str]) -> int:
+        """Have `program` serve the device from now on. Returns its process when that has loaded;
+        this server ends next."""
+        process: int = self._call(self._device.Upgrade(program=list(program)))["process"]
+        return process
 
     def close(self) -> None:
         """Idempotent."""

@@ -15,6 +15,8 @@ Guarantees
    ends cancels nothing.
 3. Stop goes through a reset, so it cannot race a client that connects meanwhile: that client
    either makes it fail with DeviceBusy, or is refused for want of a disksize.
+4. Upgrade is answered by the process that is replaced, before it is: who called sees the end of the
+   connection then, and is told by the lock file who has come.
 
 The client uses DeviceInterface for its signatures only; this module must not load a compressor.
 """
@@ -23,8 +25,9 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypedDict, TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypedDict, TypeVar
 
 from asyncvarlink import (
     FileDescriptor,
@@ -33,13 +36,16 @@ from asyncvarlink import (
     varlinkmethod,
 )
 
-from zramd.errors import ZramdError, by_slug
+from zramd.errors import NotSupported, ZramdError, by_slug
 from zramd.statistics import Statistics
 
 if TYPE_CHECKING:
     from zramd.device import Zram
 
 INTERFACE: Final = "zramd.Device"
+
+Upgrade: TypeAlias = Callable[[list[str]], Awaitable[int]]
+"""Has a program, a command without its arguments, go on in our place; see DeviceInterface."""
 
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -75,10 +81,13 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
 
     errors = (Failed,)
 
-    def __init__(self, zram: "Zram", stop: Callable[[], None]) -> None:
+    def __init__(
+        self, zram: "Zram", stop: Callable[[], None], upgrade: Upgrade | None = None
+    ) -> None:
         """`stop` is called on the event loop when the server is to end."""
         self._zram = zram
         self._stop = stop
+        self._upgrade = upgrade
 
     @varlinkmethod(return_parameter="value")
     def Get(self, attribute: str) -> str:
@@ -121,6 +130,20 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
         await asyncio.to_thread(_ask, self._zram.close, force=force)
         self._stop()
 
+    @varlinkmethod(return_parameter="process")
+    async def Upgrade(self, program: list[str]) -> int:
+        """Have this program (an absolute path, and arguments that come before `serve NAME ...`)
+        serve the device from now on, in use as it is, in the place of the one that runs. Returns
+        the process that has been started for that; what runs ends next."""
+        with _told():
+            if self._upgrade is None:
+                raise NotSupported(
+                    f"the server of {self._zram.name} cannot be upgraded in use",
+                    hint="only `zramd serve` and `zramd up` start one that can; take the device"
+                    " down, and start it anew",
+                )
+            return await self._upgrade(program)
+
 
 def _with(descriptor: int, function: Callable[[int], _T]) -> _T:
     """Have it use the descriptor, which is ours: the caller's goes when the caller does."""
@@ -131,9 +154,16 @@ def _with(descriptor: int, function: Callable[[int], _T]) -> _T:
 
 
 def _ask(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call the device; what it raises becomes a reply."""
-    try:
+    """Call the device."""
+    with _told():
         return function(*args, **kwargs)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What is raised in it becomes a reply."""
+    try:
+        yield
     except ZramdError as error:
         raise Failed(slug=error.slug, message=error.message, hint=error.hint) from error
     except Exception as error:

@@ -26,7 +26,7 @@ from asyncvarlink import (
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from zramd import __version__
-from zramd.control.interface import DeviceInterface
+from zramd.control.interface import DeviceInterface, Upgrade
 from zramd.errors import ServerFailed
 
 if TYPE_CHECKING:
@@ -39,14 +39,21 @@ _FLUSH_S: Final = 1.0
 class ControlServer:
     """One device's control socket; `start` and `close` on the same event loop."""
 
-    def __init__(self, zram: "Zram", path: Path, stop: Callable[[], None]) -> None:
-        """`stop` is called on the event loop when a client has asked the server to end."""
+    def __init__(
+        self,
+        zram: "Zram",
+        path: Path,
+        stop: Callable[[], None],
+        upgrade: Upgrade | None = None,
+    ) -> None:
+        """`stop` is called on the event loop when a client has asked the server to end, `upgrade`
+        when it is to let another program go on, where it can."""
         self._path = path
         self._registry = VarlinkInterfaceRegistry()
         self._registry.register_interface(
             VarlinkServiceInterface("zramd", "zramd", __version__, "", self._registry)
         )
-        self._registry.register_interface(DeviceInterface(zram, stop))
+        self._registry.register_interface(DeviceInterface(zram, stop, upgrade))
         self._unsent: set[asyncio.Future[None]] = set()
         self._server: VarlinkUnixServer | None = None
 
@@ -72,13 +79,15 @@ class ControlServer:
             raise ServerFailed(f"cannot make {self._path}: {error.strerror or error}") from error
         return listener
 
-    async def close(self) -> None:
-        """Stop accepting, send what is to be sent, end all connections. Idempotent."""
+    async def close(self, *, leave: bool = False) -> None:
+        """Stop accepting, send what is to be sent, end all connections. Idempotent. `leave` the
+        socket's file to another process that holds the socket."""
         server, self._server = self._server, None
         if server is None:
             return
         server.close()
-        self._path.unlink(missing_ok=True)
+        if not leave:
+            self._path.unlink(missing_ok=True)
         if self._unsent:
             await asyncio.wait(self._unsent, timeout=_FLUSH_S)
         server.abort_clients()

@@ -17,7 +17,8 @@ Promises:
 3. The Opener is closed once, after the last request that uses it has ended, however that ended.
 4. When we end the connection (a forced reset, `Server.close`), every request that the peer has sent
    whole is answered, unless it sends without a pause for GATHER_SECONDS in spite of getting no
-   answer. Over TCP what is still on its way is lost all the same.
+   answer. Over TCP what is still on its way is lost all the same. Where we only leave, as another
+   process goes on for us, the answers are the true ones.
 
 The kernel makes promise 4 an art. A request that its nbd has sent and that never gets an answer
 waits for ever; and when a send of its fails, it shuts its socket down and loses the answers that
@@ -58,8 +59,13 @@ QUIET_SECONDS = 0.02
 """A kernel that may send does so within a millisecond, unless the machine is overloaded."""
 GATHER_SECONDS = 5.0
 """Less than LINGER_SECONDS, which `Server.close` waits for all of this."""
+LEAVE_SECONDS = 2.0
+"""The same for all of a leave, half of it for gathering. While we leave nobody is served: 128 reads
+of 128 KiB, what a kernel can have under way, are answered within 0.2 s."""
 _MOST_GATHERED = 4096
 """Requests. The kernel has at most 128 under way; who sends more does not mind being cut."""
+_MOST_GATHERED_BYTES = 16 << 20
+"""Of answers: 128 of 128 KiB."""
 _HANDSHAKE_SECONDS = 10.0
 LINGER_SECONDS = 10.0
 """How long a peer may take to read the last replies once the connection ends."""
@@ -81,8 +87,10 @@ class Connection(asyncio.BufferedProtocol):
         self._handshake_buffer = bytearray(4096)
         self._receiver: Receiver | None = None  # set while serving, and after
         self._ending = False
-        self._refusal = 0  # set by `end`: the error that all requests get from now on
+        self._gathers = False  # set by `end`
+        self._refusal: int | None = None  # then: the error that all requests get from now on
         self._gathered: list[bytes] = []  # their answers, kept back
+        self._gathered_bytes = 0
         self._quiet_since = self._deadline = 0.0
         self._cut = False
         self._lost = False
@@ -196,7 +204,7 @@ class Connection(asyncio.BufferedProtocol):
         receiver, opener = self._receiver, self._opener
         if self._ending or receiver is None or opener is None:
             return
-        if self._refusal:
+        if self._gathers:
             self._gather()
             return
         replies: list[bytes] = []
@@ -269,23 +277,24 @@ class Connection(asyncio.BufferedProtocol):
 
     # Ending
 
-    def end(self, refusal: int) -> None:
-        """Admit nothing more, and end: what has not begun yet gets the error `refusal`."""
+    def end(self, refusal: int | None) -> None:
+        """Admit nothing more, and end: what has not begun yet gets the error `refusal`; None: we
+        leave, and it is done."""
         if self._receiver is None:
             self._negotiation.shutting_down = True
-        elif not self._ending and not self._refusal:
-            self._refusal = refusal
-            self._deadline = self._loop.time() + GATHER_SECONDS
+        elif not self._ending and not self._gathers:
+            self._gathers, self._refusal = True, refusal
+            gather_s = LEAVE_SECONDS / 2 if refusal is None else GATHER_SECONDS
+            self._deadline = self._loop.time() + gather_s
             self._gather()
             self._end_when_quiet()
 
     def _gather(self) -> None:
         """Move 1, and 3 after the cut."""
         assert self._receiver is not None
+        for request in self._receiver.requests():
+            self._gather_answer(request)
         self._quiet_since = self._loop.time()
-        self._gathered += [
-            pack_simple_reply(request[2], self._refusal) for request in self._receiver.requests()
-        ]
         if self._cut or self._receiver.ended:
             self._answer_gathered()
         if self._receiver.ended:
@@ -296,13 +305,29 @@ class Connection(asyncio.BufferedProtocol):
             self._reading = True
             self._transport.resume_reading()
 
+    def _gather_answer(self, request: Request) -> None:
+        if self._refusal is not None:
+            self._gathered.append(pack_simple_reply(request[2], self._refusal))
+            return
+        assert self._opener is not None
+        try:
+            if request[4] > INLINE and not request[0]:
+                raise BlockingIOError
+            parts = answer(self._opener, request, nowait=True)
+        except BlockingIOError:
+            self._submit(self._opener, _kept(request))
+        else:
+            self._gathered += parts
+            self._gathered_bytes += sum(map(len, parts))
+
     def _end_when_quiet(self) -> None:
         """Move 2."""
         if self._ending:
             return
         now = self._loop.time()
         quiet = now - self._quiet_since >= QUIET_SECONDS and not self._in_flight
-        if not quiet and len(self._gathered) < _MOST_GATHERED and now < self._deadline:
+        few = len(self._gathered) < _MOST_GATHERED and self._gathered_bytes < _MOST_GATHERED_BYTES
+        if not quiet and few and now < self._deadline:
             self._timer = self._loop.call_later(QUIET_SECONDS / 4, self._end_when_quiet)
             return
         self._cut = True

@@ -5,7 +5,8 @@ Promises:
    anything that is no socket stay untouched, and we remove none but our own: not an adopted one.
 2. A forced reset of the device ends the connections that were open before it, after all that was
    sent has been answered, with EIO where it was not admitted; those of the next generation live on.
-3. After `close` nothing is left: no socket, no connection, no thread, no Opener.
+3. After `close` nothing is left: no socket, no connection, no thread, no Opener; but where we only
+   leave, the sockets' files, on which another process that holds the sockets goes on.
 
 Assumes: everything but the device's callback is called on the event loop; two servers are not
 started on one socket path at the same instant.
@@ -16,17 +17,24 @@ import errno
 import os
 import socket
 import stat
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Final
 
 from zramd.device import Zram
 from zramd.errors import BadValue, ServerExists
 from zramd.nbd.address import Address, TcpAddress, UnixAddress
-from zramd.nbd.connection import LINGER_SECONDS, Connection
+from zramd.nbd.connection import LEAVE_SECONDS, LINGER_SECONDS, Connection
 
 THREADS = min(os.cpu_count() or 1, 8)
 """More would only queue for the GIL between two pages."""
+
+_FILE_IS_OURS: Final[dict[str, Any]] = (
+    {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+)
+"""Where asyncio would remove a socket's file by itself."""
 
 _BACKLOG = 1024
 """Clients that connect without blocking get EAGAIN from a unix socket whose backlog is full."""
@@ -68,7 +76,9 @@ class Server:
             sock = bound[0] if bound and address.path.exists() else _bind_unix(address)
             self._sockets.append((address.path, address.path.stat()))
             listeners = [
-                await loop.create_unix_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
+                await loop.create_unix_server(
+                    lambda: Connection(self), sock=sock, backlog=_BACKLOG, **_FILE_IS_OURS
+                )
             ]
         elif bound:
             listeners = [
@@ -97,21 +107,26 @@ class Server:
         self._listeners.append(listener)
         self.addresses.append(address_of(sock))
 
-    async def close(self) -> None:
-        """Stops accepting, answers what is in flight, closes the connections, unlinks sockets."""
+    async def close(self, *, leave: bool = False) -> None:
+        """Stops accepting, answers what is in flight, closes the connections, unlinks sockets.
+
+        `leave`: to another process, which goes on: no request gets an error for it, and the
+        sockets' files stay.
+        """
         self.closing = True
         if self._device_was_reset in self.zram.on_reset:
             self.zram.on_reset.remove(self._device_was_reset)
         for listener in self._listeners:
             listener.close()
-        for path, bound in self._sockets:
+        for path, bound in self._sockets if not leave else ():
             _unlink_if_ours(path, bound)
         self._listeners, self._sockets, self.addresses = [], [], []
         serving = self.serving
         for connection in list(self.live):
-            connection.end(errno.ESHUTDOWN)
+            connection.end(None if leave else errno.ESHUTDOWN)
         if serving:
-            await asyncio.wait([c.gone for c in serving], timeout=LINGER_SECONDS)
+            within_s = LEAVE_SECONDS if leave else LINGER_SECONDS
+            await asyncio.wait([c.gone for c in serving], timeout=within_s)
         # What is left has not finished its handshake, or does not read.
         rest = list(self.live)
         for connection in rest:

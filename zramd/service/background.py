@@ -54,6 +54,16 @@ def start(name: str, arguments: Sequence[str]) -> list[str]:
     return said
 
 
+def go_to_background(log: Path) -> None:
+    """In the server: say all in this file from now on, and hold neither our starter's terminal nor
+    a mount."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+    os.chdir("/")
+
+
 def _interpreter() -> list[str]:
     """Our Python. It must not look for modules in the working directory, which may be anyone's,
     unless that is where we are running from."""

@@ -189,7 +189,8 @@ def _mappings() -> list[tuple[int, int, str, str]]:
 
 def _fault_in() -> None:
     """Have all of us in memory: code, data, heap, stacks; but for an arena, our only shared memory,
-    which knows itself what of it is to be there, and for nbdkit's 192 MiB of zeros that it never touches."""
+    which knows itself what of it is to be there, and for nbdkit's 192 MiB of zeros that it never
+    touches."""
     for start, stop, mode, name in _mappings():
         unused = not name and stop - start > _LARGE
         if "r" not in mode or unused or mode.endswith("s") or name.startswith("[v"):

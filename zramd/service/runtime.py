@@ -136,6 +136,20 @@ class Claim:
         self._is_ours = True
         self.adopt()
 
+    @classmethod
+    def inherited(cls, paths: Paths, descriptor: int) -> "Claim":
+        """The claim that is held on the lock that `descriptor` is open on, by a process that has
+        executed this program; who it is stands in the lock file."""
+        self = cls.__new__(cls)
+        self.paths = paths
+        self._descriptor = descriptor
+        self._is_ours = True
+        return self
+
+    def fileno(self) -> int:
+        """The descriptor on which it is held."""
+        return self._descriptor
+
     def adopt(self) -> None:
         """Write down that this process is the holder; again after a fork, whose child inherits
         the claim."""

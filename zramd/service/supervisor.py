@@ -10,6 +10,14 @@ does the I/O, and starts another when that dies; nothing else, so there is littl
 4. It has died MOST_DEATHS times within DEATHS_S: no more. What listens is closed, so that nobody
    waits for an answer; the arena stays. SIGHUP begins again, SIGTERM gives up.
 
+An upgrade (`zramd upgrade`) changes the code of all this, and not the process:
+5. The worker asks for a program to go on. It is started as a candidate (`candidate.py`), and while
+   that loads nothing changes. It fails: the worker is told why, and serves on.
+6. It has loaded: the worker leaves, and is killed where it does not. The candidate is the worker
+   then. It dies before it is ready: a death as any other, and a fork of the old code comes.
+7. It is ready: we become that program too (`handover.py`), so that later workers are forks of it.
+   Signals are blocked meanwhile, and come when it is there. That fails: we go on with our code.
+
 An end is a death when a worker has been ready, and this one did not say that it is about to end.
 Any other end is ours too, with its status. SIGTERM and SIGINT are passed on, and told again to a
 worker that comes after them; and SIGHUP, where it means that our terminal is gone.
@@ -24,26 +32,28 @@ Promises
 Assumes that it is called before there are threads, and by the program's main thread.
 """
 
-import ctypes
-import errno
 import gc
 import logging
-import mmap
+import math
 import os
 import select
 import signal
 import socket
-import sys
-import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
+from zramd import __version__
 from zramd.errors import ServerFailed
 from zramd.service import hardening, systemd
+from zramd.service.background import go_to_background
+from zramd.service.candidate import Candidate, how
+from zramd.service.handover import Handover
+from zramd.service.kept import ARENA, PASSED, Kept, one
+from zramd.service.link import OK, Link, die_with, receive
 from zramd.service.runtime import Claim
-from zramd.store.arena import lock_in_memory
 
 MOST_DEATHS: Final = 5
 DEATHS_S: Final = 60.0
@@ -53,77 +63,31 @@ PAUSES_S: Final = (0.0, 0.2, 1.0, 5.0)
 _ALIVE_S: Final = 10.0
 """How often the watchdog hears of us while there is no worker."""
 
-ARENA: Final = "arena"
-"""The name of the one thing that is kept when there will be no worker for a while."""
+_MOST_SIGNALS: Final = 4096
+_HEARD: Final = (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
-_PR_SET_PDEATHSIG: Final = 1
-_MESSAGE: Final = 4096
-_OK: Final = b"+"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 _log = logging.getLogger(__name__)
 
 
-class Link:
-    """A worker's end of what it has to do with its supervisor. Any thread may call."""
-
-    def __init__(
-        self, sock: socket.socket, kept: dict[str, int], missing: list[str], takes_over: bool
-    ) -> None:
-        self._socket = sock
-        self._lock = threading.Lock()  # held from a question to its answer
-        self.kept = kept
-        """What a predecessor has handed over: descriptors, the worker's own, by name."""
-        self.takes_over = takes_over
-        """Whether there was one."""
-        self.missing = missing
-        """What could not be had of the hardening that forks inherit."""
-
-    def keep(self, name: str, descriptor: int, *, lock: bool = False) -> None:
-        """Hand `descriptor` over, in the place of what had that name; `lock`: it is memory, to be
-        kept there. Returns when that is done. Raises ServerFailed."""
-        self._ask(["lock" if lock else "keep", name], [descriptor])
-
-    def drop(self, name: str) -> None:
-        """Have no more of that name. Raises ServerFailed."""
-        self._ask(["drop", name], [])
-
-    def ready(self) -> None:
-        """From now on our end is a death. Raises ServerFailed."""
-        self._ask(["ready"], [])
-
-    def ending(self) -> None:
-        """From now on it is none, whatever comes of it. Raises ServerFailed."""
-        self._ask(["ending"], [])
-
-    def _ask(self, words: list[str], descriptors: list[int]) -> None:
-        try:
-            with self._lock:
-                socket.send_fds(self._socket, ["\0".join(words).encode()], descriptors)
-                answer = self._socket.recv(_MESSAGE)
-        except OSError as error:
-            raise ServerFailed(f"the supervisor does not answer: {error.strerror}") from error
-        if answer != _OK:
-            raise ServerFailed(f"the supervisor cannot {' '.join(words)}: {answer.decode()}")
-
-
-def supervise(held: Claim, *, harden: bool = False, log: Path | None = None) -> Link:
+def supervise(
+    held: Claim,
+    *,
+    harden: bool = False,
+    log: Path | None = None,
+    passed: Sequence[socket.socket] = (),
+    handed: Handover | None = None,
+) -> Link:
     """Fork a worker, and return in it; again in each that comes after it.
 
     In the process that calls, this ends with SystemExit, with the worker's status. `harden`: what
     it serves must not wait for memory. `log`: with the first worker that is ready it goes to the
-    background, as that does by itself.
+    background, as that does by itself. `passed`: sockets that listen already, for each worker to
+    find as PASSED. `handed`: what another program has left that was the supervisor in this process.
     """
-    return _Supervisor(held, harden, log).run()
-
-
-def go_to_background(log: Path) -> None:
-    """Say all in this file from now on, and hold neither our starter's terminal nor a mount."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(descriptor, stream.fileno())
-    os.close(descriptor)
-    os.chdir("/")
+    supervisor = _Supervisor(held, harden, log)
+    for n, sock in enumerate(passed):
+        supervisor.kept.keep(f"{PASSED} {n}", sock.detach())
+    return supervisor.run(handed)
 
 
 class _Supervisor:
@@ -132,11 +96,13 @@ class _Supervisor:
         self._harden = harden
         self._log = log
         self._missing: list[str] = []
-        self._kept: dict[str, int] = {}
-        self._locked: dict[str, mmap.mmap] = {}
-        self._worker = 0
+        self.kept = Kept()
+        self._worker = 0  # its process, where there is one
         self._socket: socket.socket
         self._waker: int
+        self._candidate: Candidate | None = None
+        self._has_turn = False  # the candidate, which is the worker then, and not ready yet
+        self._unreaped: set[int] = set()
         self._was_ready = False
         self._ending = False
         self._told: set[int] = set()
@@ -146,30 +112,30 @@ class _Supervisor:
         if os.isatty(0) or os.isatty(2):
             self._passed_on.add(signal.SIGHUP)
 
-    def run(self) -> Link:
+    def run(self, handed: Handover | None) -> Link:
         if self._harden:
             self._missing = hardening.prepare()
         logging.raiseExceptions = False  # who reads our stderr may be gone, and we are not to end
         waker, wakened = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._waker = waker
         before = signal.set_wakeup_fd(wakened, warn_on_full_buffer=False)
-        handlers = {
-            number: signal.signal(number, lambda *_: None)
-            for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
-        }
+        handlers = {number: signal.signal(number, lambda *_: None) for number in _HEARD}
+        if handed is not None:
+            self._resume(handed)
         if self._harden:
             hardening.lock(heap_reserve=0)  # what cannot be had, the worker will miss too, and say
             hardening.share()
         gc.collect()
         gc.freeze()
         while True:
-            try:
-                link = self._fork()
-            except OSError as error:
-                if not self._was_ready:
-                    raise ServerFailed(f"no worker can be started: {error.strerror}") from error
-                how = f"could not be started ({error.strerror})"
-            else:
+            if not self._worker:
+                try:
+                    link = self._fork()
+                except OSError as error:
+                    if not self._was_ready:
+                        raise ServerFailed(f"no worker can be started: {error.strerror}") from error
+                    self._has_died(f"could not be started ({error.strerror})")
+                    continue
                 if link is not None:
                     signal.set_wakeup_fd(before)
                     for number, handler in handlers.items():
@@ -177,17 +143,26 @@ class _Supervisor:
                     os.close(waker)
                     os.close(wakened)
                     return link
-                status = self._attend()
-                self._socket.close()
-                if self._ending or not self._was_ready:
-                    self._end(status)
-                how = _how(status)
-            self._deaths.append(time.monotonic())
-            if self._in_a_loop():
-                self._rest(how)
-            else:
-                self._to_say.append(f"the worker {how}: another has taken over its pages")
-                self._pause()
+            status = self._attend()
+            self._socket.close()
+            self._worker = 0
+            if self._ending or not self._was_ready:
+                self._give_candidate_up("the server has ended")
+                self._end(status)
+            if not self._give_turn():
+                self._has_died(how(status))
+
+    def _has_died(self, how: str) -> None:
+        """Returns when there is to be another."""
+        if self._has_turn and self._candidate is not None:
+            self._to_say.append(f"zramd {self._candidate.version} has not taken over")
+        self._give_candidate_up(f"the worker {how}")
+        self._deaths.append(time.monotonic())
+        if self._in_a_loop():
+            self._rest(how)
+        else:
+            self._to_say.append(f"the worker {how}: another has taken over its pages")
+            self._pause()
 
     def _fork(self) -> Link | None:
         """Moves 1 and 3. None in the supervisor. Raises OSError."""
@@ -203,51 +178,67 @@ class _Supervisor:
             theirs.close()
             self._socket = ours
             return None
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != supervisor:
-            os._exit(1)  # it died before it could have told us
+        die_with(supervisor)
         ours.close()
-        for memory in self._locked.values():
-            memory.close()  # and not MADV_DONTFORK: user-mode Linux leaves the child such pages
+        self.kept.is_a_workers()
         self._held.disown()
-        return Link(theirs, self._kept, self._missing, self._was_ready)
+        return Link(theirs, self.kept.descriptors, self._missing, self._was_ready)
 
     def _attend(self) -> int:
         """Serve the worker until it has ended; its exit code, negative for a signal."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        poll.register(self._waker, select.POLLIN)
+        asks = True
         while True:
-            ready = dict(poll.poll())
-            if self._socket.fileno() in ready and not self._answer():
-                poll.unregister(self._socket)
+            ended, status = os.waitpid(self._worker, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            self._look_at_candidate()
+            ready = self._wait(asks)
+            if self._socket.fileno() in ready:
+                asks = self._answer()
             if self._waker in ready:
                 for number in self._signals(0) & self._passed_on:
                     self._told.add(number)
                     os.kill(self._worker, number)
-                ended, status = os.waitpid(self._worker, os.WNOHANG)
-                if ended:
-                    return os.waitstatus_to_exitcode(status)
+                self._reap()
+
+    def _wait(self, asks: bool) -> set[int]:
+        """Until something has come; the descriptors that it came by."""
+        poll = select.poll()
+        poll.register(self._waker, select.POLLIN)
+        if asks:
+            poll.register(self._socket, select.POLLIN)
+        within_ms = None
+        if self._candidate is not None:
+            for descriptor in self._candidate.sources - {self._socket.fileno()}:
+                poll.register(descriptor, select.POLLIN)
+            left = self._candidate.deadline - time.monotonic()
+            if left < math.inf:
+                within_ms = max(left * 1000 + 1, 0)
+        return {descriptor for descriptor, _ in poll.poll(within_ms)}
 
     def _answer(self) -> bool:
         """Do what a message of the worker asks; False when it will ask no more."""
         try:
-            message, descriptors, _flags, _from = socket.recv_fds(self._socket, _MESSAGE, 1)
+            message, descriptors = receive(self._socket, 1)
         except ConnectionError:
             return False
         if not message:
             return False
-        verb, _, name = message.decode().partition("\0")
-        answer = _OK
+        verb, *words = message.decode().split("\0")
+        answer = OK
         try:
             if verb == "ready":
                 pass
             elif verb == "ending":
                 self._ending = True
+            elif verb == "upgrade":
+                self._begin_upgrade(words, descriptors)
+            elif verb == "drop":
+                self.kept.drop(words[0])
             else:
-                self._drop(name)
-                if verb != "drop":
-                    self._keep(name, descriptors, lock=verb == "lock")
+                self.kept.keep(words[0], one(descriptors))
+                if verb == "lock":
+                    self._lock(words[0])
         except OSError as error:
             answer = str(error).encode()
         try:
@@ -258,9 +249,18 @@ class _Supervisor:
             self._begin()
         return True
 
+    def _lock(self, name: str) -> None:
+        try:
+            self.kept.lock(name)
+        except OSError:
+            self.kept.drop(name)
+            raise
+
     def _begin(self) -> None:
         """A worker is ready, and has been answered: it does not wait for the files that we touch,
         whose pages may be on swap that it serves."""
+        if self._has_turn:
+            self._become()
         if self._log is not None and not self._was_ready:
             go_to_background(self._log)
         self._was_ready = True
@@ -269,27 +269,101 @@ class _Supervisor:
         for number in self._told:
             os.kill(self._worker, number)
 
+    # An upgrade
+
+    def _begin_upgrade(self, program: list[str], descriptors: list[int]) -> None:
+        """Move 5. Raises OSError, which says why not."""
+        asker = socket.socket(fileno=one(descriptors))
+        try:
+            if self._candidate is not None:
+                raise OSError("another upgrade is under way")
+            if self._told or self._ending:
+                raise OSError("it has been told to end")
+            arena = self.kept.descriptors.get(ARENA)
+            self._candidate = Candidate(program, asker, self._held.fileno(), arena)
+        except OSError:
+            asker.close()
+            raise
+
+    def _look_at_candidate(self) -> None:
+        candidate = self._candidate
+        if candidate is None or self._has_turn:
+            return
+        reason = candidate.look()
+        if reason is None and self._told and not candidate.loaded:
+            reason = "the server has been told to end"
+        if reason is not None:
+            if candidate.loaded:
+                self._to_say.append(f"zramd {candidate.version} has not taken over: {reason}")
+            self._give_candidate_up(reason)
+        elif candidate.wait():
+            os.kill(self._worker, signal.SIGKILL)
+
+    def _give_candidate_up(self, reason: str) -> None:
+        candidate, self._candidate = self._candidate, None
+        if self._has_turn and candidate is not None:
+            candidate.close()
+        elif candidate is not None:
+            self._unreaped.add(candidate.give_up(reason))
+        self._has_turn = False
+
+    def _reap(self) -> None:
+        self._unreaped = {process for process in self._unreaped if process and _runs(process)}
+
+    def _give_turn(self) -> bool:
+        """Move 6. Whether there is a candidate that has been waiting for this, and lives."""
+        candidate = self._candidate
+        if candidate is None or not candidate.loaded:
+            return False
+        try:
+            candidate.go(self.kept.descriptors)
+        except OSError:
+            return False
+        self._worker, self._socket, self._has_turn = candidate.process, candidate.socket, True
+        return True
+
+    def _become(self) -> None:
+        """Move 7. Returns where it fails."""
+        candidate = self._candidate
+        assert candidate is not None
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+        self._told |= self._signals(0) & self._passed_on
+        self._say_it()
+        try:
+            Handover(
+                *("supervisor", self._held.fileno(), self._socket.fileno()),
+                self.kept.descriptors,
+                worker=self._worker,
+                locked=self.kept.locked,
+                told=list(self._told),
+                deaths=list(self._deaths),
+            ).execute(candidate.program)
+        except (OSError, ValueError) as error:
+            self._to_say.append(f"later workers are of zramd {__version__}, as before: {error}")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
+        self._give_candidate_up("")
+
+    def _resume(self, handed: Handover) -> None:
+        """Be what another program has been in this process until it has become ours."""
+        self._was_ready = True
+        for name, descriptor in handed.descriptors.items():
+            self.kept.keep(name, descriptor)
+            if name in handed.locked:
+                try:
+                    self.kept.lock(name)
+                except OSError as error:  # the worker has it locked, while there is one
+                    _log.warning("the %s cannot be kept in memory: %s", name, error.strerror)
+        self._worker, self._socket = handed.worker, socket.socket(fileno=handed.link)
+        self._told |= set(handed.told)
+        self._deaths.extend(handed.deaths)
+        self._to_say.append(f"zramd {__version__} has taken over from zramd {handed.version}")
+        self._begin()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
+
     def _say_it(self) -> None:
         for line in self._to_say:
             _log.warning("%s", line)
         self._to_say.clear()
-
-    def _keep(self, name: str, descriptors: list[int], *, lock: bool) -> None:
-        if not descriptors:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        self._kept[name] = descriptors[0]
-        if lock:
-            try:
-                self._locked[name] = _locked(descriptors[0])
-            except OSError:
-                self._drop(name)
-                raise
-
-    def _drop(self, name: str) -> None:
-        if name in self._locked:
-            self._locked.pop(name).close()
-        if name in self._kept:
-            os.close(self._kept.pop(name))
 
     def _in_a_loop(self) -> bool:
         deaths = self._deaths
@@ -307,12 +381,11 @@ class _Supervisor:
         """Those that have come, waited for no longer than that."""
         poll = select.poll()
         poll.register(self._waker, select.POLLIN)
-        return set(os.read(self._waker, _MESSAGE)) if poll.poll(within_s * 1000) else set()
+        return set(os.read(self._waker, _MOST_SIGNALS)) if poll.poll(within_s * 1000) else set()
 
     def _rest(self, how: str) -> None:
         """Move 4. Returns when it is to begin again."""
-        for name in [name for name in self._kept if name != ARENA]:
-            self._drop(name)
+        self.kept.drop_what_workers_make()
         self._held.adopt()
         self._say_it()
         _log.error(
@@ -336,21 +409,12 @@ class _Supervisor:
         if status >= 0:
             raise SystemExit(status)
         if -status not in self._told:
-            raise ServerFailed(f"the worker {_how(status)} before it was ready")
+            raise ServerFailed(f"the worker {how(status)} before it was ready")
         self._held.release()
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
         raise SystemExit(128 - status)  # not reached: these end a process
 
 
-def _locked(descriptor: int) -> mmap.mmap:
-    """This memory, mapped and locked. Raises OSError."""
-    memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
-    lock_in_memory(memory)
-    return memory
-
-
-def _how(status: int) -> str:
-    if status >= 0:
-        return f"ended with status {status}"
-    return f"was ended by signal {-status} ({signal.strsignal(-status) or 'of no name'})"
+def _runs(child: int) -> bool:
+    return os.waitpid(child, os.WNOHANG)[0] == 0

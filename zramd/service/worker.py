@@ -4,6 +4,7 @@ Life: build the device in memory, or take over the pages of a worker that has di
 NAME/nbd.sock and on whatever else was asked for or passed by systemd; serve control; say that it is
 ready; wait for SIGTERM, SIGINT or the Stop call; stop accepting, finish what is in flight, close;
 drop the pages; remove the sockets. What must outlive it, it hands to its supervisor as it makes it.
+Or leave, in an upgrade: all that was sent is answered, the pages and the sockets stay.
 
 Guarantees
 1. When anything fails before readiness, all that was made is removed, and the error says what.
@@ -21,9 +22,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,13 +34,15 @@ from typing import Final
 from zramd import heap, sizes
 from zramd.control.server import ControlServer
 from zramd.device import Zram
-from zramd.errors import BadArena, BadValue, NotHardened
+from zramd.errors import BadArena, BadValue, NotHardened, ServerFailed
 from zramd.nbd.address import UnixAddress
 from zramd.nbd.server import THREADS, Server, address_of
 from zramd.service import hardening, systemd
+from zramd.service.background import go_to_background
 from zramd.service.config import Config
+from zramd.service.kept import ARENA, PASSED
+from zramd.service.link import Link
 from zramd.service.runtime import Paths
-from zramd.service.supervisor import ARENA, Link, go_to_background
 from zramd.service.upkeep import upkeep
 from zramd.store import PAGE
 from zramd.store.zcomp import Algorithm
@@ -77,18 +81,21 @@ def build(
     missing = []
     if config.use:
         missing = (hardening.prepare() if link is None else link.missing) + hardening.lock()
-    if link is not None and link.takes_over:
-        # Less hardened is better than not there: the swap is in use.
-        _to_say.extend(f"{name} has to do without {what} from now on" for what in missing)
-    elif missing and config.use == "swap" and not config.allow_deadlock:
+    takes_over = link is not None and link.takes_over
+    must_come = takes_over and not (link is not None and link.waits)
+    if missing and config.use == "swap" and not config.allow_deadlock and not must_come:
         raise NotHardened(
             f"swap on {name} could deadlock: there is no {'; no '.join(missing)}",
             hint="run it as root with these capabilities, or say --allow-deadlock",
         )
+    if takes_over:
+        # Less hardened is better than not there: the swap is in use.
+        _to_say.extend(f"{name} has to do without {what} from now on" for what in missing)
     zram = Zram(name, config.arena)
     if link is not None:
+        link.take_turn()
         zram.on_arena = partial(_hand_over, link)
-        if link.takes_over:
+        if takes_over:
             _take_over(zram, link)
             return zram, []
     lost: list[int] | None = None
@@ -188,21 +195,26 @@ def run(
     paths: Paths,
     link: Link,
     *,
-    passed: Sequence[socket.socket] = (),
     background: bool = False,
     reconnect: Callable[[], object] = lambda: None,
 ) -> None:
     """Serve `zram`, which `build` has made, until told to end, and close it.
 
-    `passed` are sockets that listen already. `background`: from readiness on, stdout and stderr go
+    `background`: from readiness on, stdout and stderr go
     to NAME/log and the working directory is the root, so that the process holds neither its
     starter's terminal nor any mount. `reconnect` is called in a thread by who has taken over, when
     it serves NBD: the kernel's connection has ended with the predecessor.
 
     Raises ServerExists where a socket is taken, BadValue for an address.
     """
-    with closing(zram):
-        asyncio.run(_serve(zram, paths, config, link, passed, background, reconnect))
+    leaving = threading.Event()
+    try:
+        asyncio.run(_serve(zram, paths, config, link, leaving, background, reconnect))
+    finally:
+        if leaving.is_set():
+            # No word more: the log may lie on swap, and nobody serves that until we have gone.
+            os._exit(0)
+        zram.close()
 
 
 async def _serve(
@@ -210,12 +222,13 @@ async def _serve(
     paths: Paths,
     config: Config,
     link: Link,
-    passed: Sequence[socket.socket],
+    leaving: threading.Event,
     background: bool,
     reconnect: Callable[[], object],
 ) -> None:
     manager = systemd.Manager()
     takes_over = link.takes_over
+    passed = _kept(link, PASSED)
     asked = config.listen
     config = replace(config, listen=(*asked, *map(address_of, passed)))
     for address in config.listen:
@@ -230,7 +243,23 @@ async def _serve(
     helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="control")
     loop.set_default_executor(helpers)
     server = Server(zram)
-    control = ControlServer(zram, paths.control_socket, ended.set)
+
+    async def upgrade(program: list[str]) -> int:
+        process = await asyncio.to_thread(link.upgrade, program)
+        if ended.is_set():
+            raise ServerFailed(f"{zram.name} has been told to end", hint="start it anew")
+        leaving.set()
+        ended.set()
+        return process
+
+    control = ControlServer(zram, paths.control_socket, ended.set, upgrade)
+
+    async def close_control() -> None:
+        await control.close(leave=leaving.is_set())
+
+    async def close_server() -> None:
+        await server.close(leave=leaving.is_set())
+
     async with AsyncExitStack() as ends:  # one that fails, or is cancelled, does not keep the other
         ends.callback(manager.close)
         for keeper in (
@@ -239,12 +268,15 @@ async def _serve(
             _end_unused(told, server, manager, ended, _GRACE_S if takes_over else 0),
         ):
             ends.callback(asyncio.create_task(keeper).cancel)
-        ends.push_async_callback(control.close)
-        ends.push_async_callback(server.close)
+        ends.push_async_callback(close_control)
+        ends.push_async_callback(close_server)
         for asked_for in (UnixAddress(paths.nbd_socket), *asked):
             name = f"listen {asked_for}"
             for n, descriptor in enumerate(await server.listen(asked_for, _kept(link, name))):
                 link.keep(f"{name} {n}", descriptor)
+        for left in [name for name in link.kept if name.startswith("listen ")]:
+            link.drop(left)  # an upgrade has found other addresses in the configuration
+            os.close(link.kept.pop(left))
         for sock in passed:
             await server.adopt(sock)
         if takes_over:  # before anyone can ask us, and take the node for one whose server is dead
@@ -265,8 +297,9 @@ async def _serve(
         if config.use:
             hardening.settle()
         await ended.wait()
-        link.ending()
-        manager.tell(STOPPING="1")
+        if not leaving.is_set():
+            link.ending()
+            manager.tell(STOPPING="1")
 
 
 async def _end_unused(

@@ -134,9 +134,8 @@ class Arena:
                 raise NoMemory(f"{path} cannot be written: {error.strerror}") from error
 
     @classmethod
-    def adopt(cls, fd: int, path: Path | None = None) -> "Arena":
-        """The arena that `fd` is open on, made by a process that has ended, in the file `path` or
-        in memory.
+    def adopt(cls, fd: int) -> "Arena":
+        """The arena that `fd` is open on, in memory or a file, made by a process that has ended.
 
         Of what is stored `used` and the regions know nothing before `recovery.recover`. The
         descriptor stays the caller's; the arena has its own. Raises BadArena, NoMemory.
@@ -146,6 +145,7 @@ class Arena:
             raise BadArena("this is no arena of zramd: it is no file")
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             raise BadArena("the arena is not open for reading and writing")
+        path = Path(os.readlink(f"/proc/self/fd/{fd}")) if status.st_nlink else None
         header = Header.unpack(os.pread(fd, PAGE, 0), status.st_size, more=path is not None)
         self = cls.__new__(cls)
         self._plan(header)
@@ -237,9 +237,9 @@ class Arena:
         """Undo what has been made so far."""
         if hasattr(self, "map"):
             self.map.close()
-        os.close(self.fd)
         if self._path is not None and new:
-            self._path.unlink(missing_ok=True)
+            remove(self.fd, self._path)
+        os.close(self.fd)
 
     def hold(self) -> None:
         """Have every page of a reserved arena in memory, and keep it there; again after a fork,
@@ -417,6 +417,15 @@ def create(path: Path | None = None) -> int:
         ) from error
     except OSError as error:
         raise NoMemory(f"cannot create the arena: {error}") from error
+
+
+def remove(fd: int, path: Path) -> None:
+    """Remove the file that `fd` is open on, if it still stands at `path`."""
+    try:
+        if os.path.samestat(path.stat(), os.fstat(fd)):
+            path.unlink()
+    except FileNotFoundError:
+        pass
 
 
 def data_from(fd: int, at: int, stop: int) -> int:

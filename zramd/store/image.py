@@ -36,7 +36,7 @@ from xxhash import xxh3_64_intdigest
 
 from zramd.errors import BadArena, BadValue, DeviceBusy, NoMemory, SaveFailed
 from zramd.store import PAGE
-from zramd.store.arena import Arena, boot, create, data_from
+from zramd.store.arena import Arena, boot, create, data_from, remove
 from zramd.store.header import BOOT_AT, BOOT_SIZE, MAGIC, SNAPSHOT_MAGIC, Header
 from zramd.store.zcomp import Algorithm, Buffer
 
@@ -134,9 +134,9 @@ def unpack(fd: int, path: Path | None = None) -> int:
                 first = block
         write(arena, MAGIC + first[len(MAGIC) :], 0)
     except BaseException as error:
-        os.close(arena)
         if path is not None:
-            path.unlink(missing_ok=True)
+            remove(arena, path)
+        os.close(arena)
         if isinstance(error, OSError):
             raise NoMemory(f"the snapshot cannot be restored: {error.strerror}") from error
         raise

@@ -1,0 +1,63 @@
+"""What a supervisor keeps of its workers': descriptors, by name, and some of them in memory.
+
+The arena is kept whatever comes, and so are the sockets that systemd has passed, as nobody could
+get them again; what a worker has made beside these is its successor's, and goes where there will be
+none for a while.
+"""
+
+import errno
+import mmap
+import os
+from typing import Final
+
+from zramd.store.arena import lock_in_memory
+
+ARENA: Final = "arena"
+PASSED: Final = "passed"
+"""Before a number, the name of a socket that systemd has passed."""
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.descriptors: dict[str, int] = {}
+        self._locked: dict[str, mmap.mmap] = {}
+
+    @property
+    def locked(self) -> list[str]:
+        """The names of what is kept in memory."""
+        return list(self._locked)
+
+    def keep(self, name: str, descriptor: int) -> None:
+        """In the place of what had that name."""
+        self.drop(name)
+        self.descriptors[name] = descriptor
+
+    def lock(self, name: str) -> None:
+        """It is memory, and is to stay there. Raises OSError."""
+        descriptor = self.descriptors[name]
+        memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+        lock_in_memory(memory)
+        self._locked[name] = memory
+
+    def drop(self, name: str) -> None:
+        if name in self._locked:
+            self._locked.pop(name).close()
+        if name in self.descriptors:
+            os.close(self.descriptors.pop(name))
+
+    def drop_what_workers_make(self) -> None:
+        for name in list(self.descriptors):
+            if name != ARENA and not name.startswith(f"{PASSED} "):
+                self.drop(name)
+
+    def is_a_workers(self) -> None:
+        """In a fork: the locks are not inherited, and the maps are of no use."""
+        for memory in self._locked.values():
+            memory.close()  # and not MADV_DONTFORK: user-mode Linux leaves the child such pages
+
+
+def one(descriptors: list[int]) -> int:
+    """The one that came with a message. Raises OSError where we have no room for it."""
+    if not descriptors:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return descriptors[0]
