@@ -223,3 +223,17 @@ def test_a_server_in_use_that_was_told_to_end_serves_on_after_a_death_and_ends_w
         with server.client() as second:  # waits until it is served
             assert second.read(0, PAGE) == CONTENTS[0]
     assert server.process.wait(30) == 0
+
+
+def test_what_is_kept_without_a_worker_can_be_saved_and_restored(start, tmp_path):
+    server = start("--disksize=64M", "--algorithm=zstd")
+    write(server)
+    server.wear_out()
+    file = tmp_path / "saved"
+    save = [sys.executable, "-m", "zramd.cli", "save", "s0", str(file)]
+    assert subprocess.run(save, cwd=ROOT, check=False).returncode == 0
+    assert server.end() == ServerFailed.exit_code
+    assert subprocess.run(save, cwd=ROOT, check=False).returncode == NoServer.exit_code
+    restored = start(f"--restore={file}")
+    check(restored)
+    assert restored.end() == 0

@@ -11,9 +11,11 @@ import click
 from zramd import sizes
 from zramd.cli.options import name_argument, progress, talk
 from zramd.control.client import Control
-from zramd.errors import BadValue, SaveFailed
+from zramd.errors import BadValue, NoServer, SaveFailed
 from zramd.kernel import attach, use
+from zramd.service.kept import arena_kept_for
 from zramd.service.runtime import Paths
+from zramd.store import image
 
 
 @click.command()
@@ -27,15 +29,27 @@ def command(name: str, file: Path) -> None:
     What stands at FILE is replaced when the snapshot is complete and on the disk, and not before.
     `zramd restore` makes a device of it.
     """
-    with Control(Paths(name).control_socket) as control, _replacing(file) as descriptor:
+    with _replacing(file) as descriptor:
+        try:
+            _save(name, descriptor)
+        except NoServer:
+            arena = arena_kept_for(Paths(name))
+            if arena is None:
+                raise
+            talk(f"{name} has no worker: what it has left is saved")
+            image.pack(arena, descriptor)
+        size = os.fstat(descriptor).st_size
+    talk(f"{name} is saved in {file}, {sizes.human(size)}")
+
+
+def _save(name: str, descriptor: int) -> None:
+    with Control(Paths(name).control_socket) as control:
         attachment = attach.attached(name)
         if attachment is not None:
             use.sync(attachment.node)
         expected = control.statistics().mem_used_total
         with progress(f"saving {name}", expected) as shown:
             control.save(descriptor, lambda: shown(os.fstat(descriptor).st_size))
-        size = os.fstat(descriptor).st_size
-    talk(f"{name} is saved in {file}, {sizes.human(size)}")
 
 
 @contextmanager

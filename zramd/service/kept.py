@@ -8,9 +8,13 @@ none for a while.
 import errno
 import mmap
 import os
+import stat
+from pathlib import Path
 from typing import Final
 
+from zramd.service.runtime import Paths
 from zramd.store.arena import lock_in_memory
+from zramd.store.header import MAGIC
 
 ARENA: Final = "arena"
 PASSED: Final = "passed"
@@ -54,6 +58,27 @@ class Kept:
         """In a fork: the locks are not inherited, and the maps are of no use."""
         for memory in self._locked.values():
             memory.close()  # and not MADV_DONTFORK: user-mode Linux leaves the child such pages
+
+
+def arena_kept_for(paths: Paths) -> int | None:
+    """A descriptor of the arena that the server of this device keeps, from another process; None
+    where it runs no more, has none, or is not ours to look at."""
+    found, holds_the_claim = None, False
+    try:
+        for entry in Path(f"/proc/{paths.server()}/fd").iterdir():
+            holds_the_claim |= os.readlink(entry) == os.fspath(paths.lock)
+            if found is None and stat.S_ISREG(entry.stat().st_mode):
+                descriptor = os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
+                if os.pread(descriptor, len(MAGIC), 0) == MAGIC:
+                    found = descriptor
+                else:
+                    os.close(descriptor)
+    except OSError:
+        pass
+    if found is not None and not holds_the_claim:  # its process id is another's by now
+        os.close(found)
+        return None
+    return found
 
 
 def one(descriptors: list[int]) -> int:

@@ -107,6 +107,50 @@ def _check_layout(entries: list[Entry], header: Header, what: str) -> None:
 # Snapshots
 
 
+class Snapshot:
+    """One that is written to the file `fd`, from its beginning on: the header page, the other
+    blocks in order, and then `end`. Each call raises SaveFailed."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._index = Index()
+        self._position = 0
+
+    def add_header(self, page: bytes) -> None:
+        """That of the arena."""
+        self.add(0, SNAPSHOT_MAGIC + page[len(SNAPSHOT_MAGIC) :])
+
+    def add(self, at: int, block: Buffer) -> None:
+        """At most BLOCK bytes that lie there in the arena."""
+        self._index.add(at, block)
+        self._write(block)
+
+    def end(self) -> None:
+        self._write(self._index.pack(self._position))
+
+    def _write(self, data: Buffer) -> None:
+        try:
+            write(self._fd, data, self._position)
+        except OSError as error:
+            raise SaveFailed(f"the snapshot cannot be written: {error.strerror}") from error
+        self._position += len(data)
+
+
+def pack(arena: int, fd: int) -> None:
+    """Write a snapshot to the file `fd` of an arena that nobody uses, as the process that did so
+    has left it. Raises BadArena, SaveFailed."""
+    page = os.pread(arena, PAGE, 0)
+    header = Header.unpack(page, os.fstat(arena).st_size, more=True)
+    snapshot = Snapshot(fd)
+    snapshot.add_header(page)
+    at = PAGE
+    while (at := data_from(arena, at, header.size)) < header.size:
+        end = min(os.lseek(arena, at, os.SEEK_HOLE), at + BLOCK, header.size)
+        snapshot.add(at, os.pread(arena, end - at, at))
+        at = end
+    snapshot.end()
+
+
 def unpack(fd: int, path: Path | None = None) -> int:
     """The descriptor of a new arena in memory, or in the user's file `path`, as the snapshot that
     `fd` is open on has it.

@@ -23,13 +23,10 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from zramd.errors import SaveFailed
 from zramd.store import PAGE
 from zramd.store.arena import Arena
-from zramd.store.header import SNAPSHOT_MAGIC
-from zramd.store.image import BLOCK, Index, write
+from zramd.store.image import BLOCK, Snapshot
 from zramd.store.pool import Pool
-from zramd.store.zcomp import Buffer
 
 
 class Saving:
@@ -70,8 +67,8 @@ class Saving:
     ) -> None:
         """Moves 2 to 4. Calls `checkpoint` now and then, with no lock held; what that raises ends
         it. Raises SaveFailed."""
-        file = _File(fd)
-        file.add(0, SNAPSHOT_MAGIC + self._header[len(SNAPSHOT_MAGIC) :])
+        file = Snapshot(fd)
+        file.add_header(self._header)
         of_the_moment = bytes(self._todo)
         page = of_the_moment.find(1)
         while page >= 0:
@@ -109,26 +106,3 @@ class Saving:
         """Until more has been let go than at that time, or all."""
         with self._progress:
             self._progress.wait_for(lambda: self._ended or self.let_go != let_go)
-
-
-class _File:
-    """Blocks, and then their index."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._index = Index()
-        self._position = 0
-
-    def add(self, at: int, block: Buffer) -> None:
-        self._index.add(at, block)
-        self._write(block)
-
-    def end(self) -> None:
-        self._write(self._index.pack(self._position))
-
-    def _write(self, data: Buffer) -> None:
-        try:
-            write(self._fd, data, self._position)
-        except OSError as error:
-            raise SaveFailed(f"the snapshot cannot be written: {error.strerror}") from error
-        self._position += len(data)
