@@ -389,8 +389,9 @@ class _Supervisor:
         self._held.adopt()
         self._say_it()
         _log.error(
-            "the worker %s, the last of %d within %d s: no other is started, its pages are kept; to"
-            " save them, `zramd save %s FILE`; `kill -HUP %d` begins again, `kill %d` gives them up",
+            "the worker %s, the last of %d within %d s: no other is started, its pages are kept;"
+            " `zramd save %s FILE` saves them, `kill -HUP %d` begins again,"
+            " and `kill %d` gives them up",
             *(how, MOST_DEATHS, DEATHS_S, self._held.paths.name, os.getpid(), os.getpid()),
         )
         self._deaths.clear()
