@@ -416,19 +416,21 @@ class Pool:
         with self._lock:
             self._held = range(self._unused)
 
-    def held(self, most: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the spans that are held, ascending, neighbours merged up to `most`
-        bytes; new ones in the place of some that were gone by then may be among them."""
-        start = stop = 0
+    def copy_held(self, buffer: memoryview) -> Iterator[tuple[int, int]]:
+        """Copy what is held into `buffer`, of a span or more, ascending, as many spans at a time as
+        lie together and fit; (start, stop) of each part. A span that has come since in the place of
+        one that was gone may be among them."""
+        spans, view = self.spans, self._arena.view
         for index in self._held:
-            span = self.spans.get(index)
-            if span is not None:
-                if span.base != stop or stop - start >= most:
-                    if stop:
-                        yield start, stop
-                    start = span.base
-                stop = span.base + span.opened
-        if stop:
+            if index < self._held.start or index not in spans:
+                continue
+            with self._lock:  # a part of a span can go, and a look at a hole would fill it
+                span: Span | None = spans[index]
+                start = stop = spans[index].base
+                while span is not None and span.base == stop < start + len(buffer):
+                    stop += span.opened
+                    span = spans.get(span.index + 1)
+                buffer[: stop - start] = view[start:stop]
             yield start, stop
 
     def let_go(self, stop: int) -> int:

@@ -82,10 +82,8 @@ class Saving:
             at = arena.header.map_at + page * PAGE
             file.add(at, arena.map[at : at + PAGE])
         buffer = memoryview(bytearray(BLOCK))  # a new one each time would be faulted in each time
-        for start, stop in pool.held(BLOCK):
-            part = buffer[: stop - start]
-            part[:] = arena.view[start:stop]  # others change what is free there
-            file.add(start, part)
+        for start, stop in pool.copy_held(buffer):
+            file.add(start, buffer[: stop - start])
             if pool.let_go(stop):
                 self._tell()
             checkpoint()
