@@ -24,9 +24,10 @@ from tests.store.audit import audit
 from tests.store.contents import ZEROS, noise, tag_of, tagged
 from tests.store.model import Model, holes_agree, whole_pages
 from tests.store.test_pages import Codec, run_all
-from zramd import device, gate
+from zramd import attributes, device, gate
 from zramd import opener as opener_module
-from zramd.device import READABLE, WRITABLE, Zram
+from zramd.attributes import READABLE, WRITABLE
+from zramd.device import Zram
 from zramd.errors import (
     BadArena,
     BadValue,
@@ -75,7 +76,7 @@ def open_files() -> list[str]:
 
 
 def state(zram: Zram) -> dict[str, str]:
-    return {attribute: zram.get(attribute) for attribute in READABLE}
+    return {attribute: attributes.get(zram, attribute) for attribute in READABLE}
 
 
 FRESH = {
@@ -109,22 +110,22 @@ def test_the_attributes_are_those_of_zram():
 @pytest.mark.parametrize("attribute", ["reset", "compact", "algorithm_params"])
 def test_a_write_only_attribute_cannot_be_read(zram, attribute):
     with pytest.raises(BadValue, match="can only be set"):
-        zram.get(attribute)
+        attributes.get(zram, attribute)
 
 
 @pytest.mark.parametrize("attribute", ["initstate", "mm_stat", "io_stat"])
 def test_a_read_only_attribute_cannot_be_set(zram, attribute):
     with pytest.raises(BadValue, match="read-only"):
-        zram.set(attribute, "1")
+        attributes.set(zram, attribute, "1")
 
 
 @pytest.mark.parametrize("attribute", ["", "disk_size", "DISKSIZE", "__init__", "close", "bd_stat"])
 def test_what_is_not_an_attribute_is_a_bad_value_that_lists_them(zram, attribute):
     with pytest.raises(BadValue, match="is not an attribute") as caught:
-        zram.get(attribute)
+        attributes.get(zram, attribute)
     assert all(name in caught.value.hint for name in READABLE)
     with pytest.raises(BadValue, match="is not an attribute") as caught:
-        zram.set(attribute, "1")
+        attributes.set(zram, attribute, "1")
     assert all(name in caught.value.hint for name in WRITABLE)
 
 
@@ -204,7 +205,7 @@ def times(when: str) -> list[bool]:
 def test_a_value_zram_takes_is_taken(zram, attribute, value, initialised, expected):
     if initialised:
         zram.init(1 << 20)
-    zram.set(attribute, value)
+    attributes.set(zram, attribute, value)
     assert expected.items() <= state(zram).items()
 
 
@@ -221,7 +222,7 @@ def test_a_bad_value_is_refused_and_changes_nothing(zram, attribute, value, init
         zram.init(1 << 20)
     before = state(zram), zram.statistics(), open_files()
     with pytest.raises(error) as caught:
-        zram.set(attribute, value)
+        attributes.set(zram, attribute, value)
     assert caught.type is error
     assert "\n" not in caught.value.message
     assert (state(zram), zram.statistics(), open_files()) == before
@@ -235,18 +236,18 @@ def test_error_codes_are_zrams():
 
 
 def test_a_level_is_kept_shown_and_used(zram):
-    zram.set("comp_algorithm", "zstd")
-    zram.set("algorithm_params", "level=19")
+    attributes.set(zram, "comp_algorithm", "zstd")
+    attributes.set(zram, "algorithm_params", "level=19")
     assert zram.statistics().algorithm == "zstd(level=19)"
-    assert zram.get("comp_algorithm") == "lz4 lz4hc [zstd] deflate"
+    assert attributes.get(zram, "comp_algorithm") == "lz4 lz4hc [zstd] deflate"
     zram.init(PAGE)
     assert os.pread(zram._meta.arena.fd, 14, 64) == b"zstd(level=19)"
     assert zram._meta.comp._level == 19
 
 
 def test_each_store_of_algorithm_params_resets_all_of_them(zram):
-    zram.set("algorithm_params", "level=9")
-    zram.set("algorithm_params", "algo=lz4")
+    attributes.set(zram, "algorithm_params", "level=9")
+    attributes.set(zram, "algorithm_params", "algo=lz4")
     assert zram.statistics().algorithm == "lz4"
 
 
@@ -255,50 +256,51 @@ def test_mem_used_max_is_the_peak_until_it_is_set_to_what_is_used(zram):
     opener = zram.open("test")
     opener.write(0, noise(1) * 16)
     opener.discard(0, 16 * PAGE)
-    assert zram.get("mem_used_max") == str(SPAN + 3 * PAGE)
-    zram.set("mem_used_max", "0")
-    assert zram.get("mem_used_max") == str(2 * PAGE)
+    assert attributes.get(zram, "mem_used_max") == str(SPAN + 3 * PAGE)
+    attributes.set(zram, "mem_used_max", "0")
+    assert attributes.get(zram, "mem_used_max") == str(2 * PAGE)
 
 
 def test_a_limit_set_live_holds_at_once_and_lifted_live_lets_go(zram):
     zram.init(1 << 20)
     opener = zram.open("test")
     opener.write(0, noise(1) * 16)
-    zram.set("mem_limit", "4K")
+    attributes.set(zram, "mem_limit", "4K")
     with pytest.raises(StoreFull):
         opener.write(0, noise(2) * 16)
     assert opener.read(0, 16 * PAGE) == noise(1) * 16
     assert zram.statistics().mem_used_total == SPAN + 3 * PAGE
-    zram.set("mem_limit", "0")
+    attributes.set(zram, "mem_limit", "0")
     opener.write(0, noise(2) * 16)
 
 
 def test_a_limit_set_before_init_holds_from_the_first_write(zram):
-    zram.set("mem_limit", "8K")
+    attributes.set(zram, "mem_limit", "8K")
     zram.init(1 << 20)
     opener = zram.open("test")
     with pytest.raises(StoreFull):
         opener.write(0, b"x")
-    assert zram.get("io_stat") == "       0        1        0        0"
+    assert attributes.get(zram, "io_stat") == "       0        1        0        0"
     assert zram.statistics().mem_used_max <= 8192
     assert audit(zram._meta).pages == 0
 
 
 def test_mm_stat_has_zrams_columns(zram):
-    zram.set("mem_limit", "1G")
+    attributes.set(zram, "mem_limit", "1G")
     zram.init(1 << 20)
     opener = zram.open("test")
     opener.write(0, noise(1) + noise(2) + ZEROS + contents.filled(1 << 63))
     opener.write(0, noise(3))
     opener.discard(PAGE, PAGE)
     orig, compr, used, limit, peak, same, compacted, huge, huge_since = map(
-        int, zram.get("mm_stat").split()
+        int, attributes.get(zram, "mm_stat").split()
     )
     assert (orig, compr) == (3 * PAGE, PAGE + 8)
     assert used == zram._meta.arena.used >= zram._meta.arena.resident()
     assert (limit, peak, same, compacted) == (1 << 30, used, 2, 0)
     assert (huge, huge_since) == (1, 3)
-    assert zram.get("mm_stat") == " ".join(f"{n:8}" for n in map(int, zram.get("mm_stat").split()))
+    text = attributes.get(zram, "mm_stat")
+    assert text == " ".join(f"{n:8}" for n in map(int, text.split()))
 
 
 # Compaction
@@ -321,11 +323,11 @@ def test_compact_gives_memory_back_is_counted_and_changes_no_page(zram):
     content = sparse(zram)
     assert zram.sparse
     before = zram.statistics()
-    zram.set("compact", "1")
+    attributes.set(zram, "compact", "1")
     after = zram.statistics()
     assert before.pages_compacted == 0
     assert after.pages_compacted * PAGE == before.mem_used_total - after.mem_used_total == 4 << 20
-    assert zram.get("mm_stat").split()[6] == str(after.pages_compacted)
+    assert attributes.get(zram, "mm_stat").split()[6] == str(after.pages_compacted)
     assert zram._meta.arena.resident() <= after.mem_used_total
     assert not zram.sparse
     assert zram.open("test").read(0, 8 << 20) == b"".join(content.values())
@@ -412,7 +414,7 @@ def test_a_compaction_ended_by_a_reset_that_is_interrupted_has_lost_nothing(zram
 
 def test_a_reset_does_not_wait_for_the_compaction_of_a_write_that_found_no_room(zram, monkeypatch):
     sparse(zram)
-    zram.set("mem_limit", str(zram._meta.arena.used))
+    attributes.set(zram, "mem_limit", str(zram._meta.arena.used))
     opener = zram.open("test")
     reached, go, moved, failed = threading.Event(), threading.Event(), [], []
     move = compaction._move
@@ -445,7 +447,7 @@ def test_a_reset_does_not_wait_for_the_compaction_of_a_write_that_found_no_room(
 
 def test_a_write_at_the_limit_makes_room_by_compaction_and_is_not_counted_as_failed(zram):
     sparse(zram)
-    zram.set("mem_limit", str(zram._meta.arena.used))
+    attributes.set(zram, "mem_limit", str(zram._meta.arena.used))
     opener = zram.open("test")
     for slot in range(0, 2000, 2):
         opener.write(slot * PAGE, contents.part_noise(slot, 1000))
@@ -559,8 +561,8 @@ def test_no_memory_rolls_all_back_and_the_next_try_succeeds(zram, monkeypatch, w
     def refuse(*_, **__):
         raise error
 
-    zram.set("comp_algorithm", "zstd(level=3)")
-    zram.set("mem_limit", "1M")
+    attributes.set(zram, "comp_algorithm", "zstd(level=3)")
+    attributes.set(zram, "mem_limit", "1M")
     before = state(zram)
     with monkeypatch.context() as patch:
         patch.setattr(device, what, refuse)
@@ -642,7 +644,7 @@ def test_io_out_of_range_is_einval_and_counted(zram, opener, request_name, offse
     with pytest.raises(OutOfRange):
         REQUESTS[request_name](opener, offset, length)
     assert zram.statistics().invalid_io == 1
-    assert zram.get("io_stat").split() == ["0", "0", "1", "0"]
+    assert attributes.get(zram, "io_stat").split() == ["0", "0", "1", "0"]
     assert zram._gate.inside() == []
 
 
@@ -672,7 +674,7 @@ def test_io_after_a_forced_reset_is_eio_also_when_the_device_is_initialised_agai
     with pytest.raises(NotInitialised):
         REQUESTS[request_name](opener, SIZE, 1)
     assert zram._gate.inside() == []
-    assert zram.get("io_stat") == FRESH["io_stat"], "not the next generation's counters"
+    assert attributes.get(zram, "io_stat") == FRESH["io_stat"], "not the next generation's counters"
     opener.close()
 
 
@@ -725,10 +727,10 @@ def test_failed_reads_and_writes_are_counted(zram, opener):
         opener.write(1, b"x")
     with pytest.raises(Corrupt):
         opener.zero(1, 1)
-    zram.set("mem_limit", "4K")
+    attributes.set(zram, "mem_limit", "4K")
     with pytest.raises(StoreFull):
         opener.write(0, noise(1))
-    assert zram.get("io_stat").split() == ["1", "3", "0", "0"]
+    assert attributes.get(zram, "io_stat").split() == ["1", "3", "0", "0"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit])
@@ -790,16 +792,16 @@ def test_a_device_cannot_be_opened_before_its_gate_is(zram, monkeypatch):
 
 
 def test_the_lowered_mem_limit_of_a_reserve_can_be_raised_to_what_it_was_and_no_higher(zram):
-    zram.set("prealloc", "1")
-    zram.set("mem_limit", "5000K")
+    attributes.set(zram, "prealloc", "1")
+    attributes.set(zram, "mem_limit", "5000K")
     zram.init(16 << 20)
     assert zram.statistics().mem_reserved < 5000 << 10  # whole spans
-    zram.set("mem_limit", "2M")
-    zram.set("mem_limit", "5000K")
-    assert zram.get("mem_limit") == str(5000 << 10)
+    attributes.set(zram, "mem_limit", "2M")
+    attributes.set(zram, "mem_limit", "5000K")
+    assert attributes.get(zram, "mem_limit") == str(5000 << 10)
     for refused in (str((5000 << 10) + 1), "0"):
         with pytest.raises(BadValue, match=r"has 4\.9M preallocated"):
-            zram.set("mem_limit", refused)
+            attributes.set(zram, "mem_limit", refused)
     assert zram.statistics().mem_limit == 5000 << 10
 
 
@@ -807,8 +809,8 @@ def test_the_lowered_mem_limit_of_a_reserve_can_be_raised_to_what_it_was_and_no_
 
 
 def test_reset_brings_back_the_state_before_init(zram):
-    zram.set("comp_algorithm", "deflate(level=9)")
-    zram.set("mem_limit", "1M")
+    attributes.set(zram, "comp_algorithm", "deflate(level=9)")
+    attributes.set(zram, "mem_limit", "1M")
     zram.init(1 << 20)
     opener = zram.open("test")
     opener.write(0, noise(1) * 3)
@@ -825,19 +827,19 @@ def test_reset_brings_back_the_state_before_init(zram):
 
 
 def test_reset_works_before_init_too(zram):
-    zram.set("comp_algorithm", "zstd")
-    zram.set("mem_limit", "1M")
-    zram.set("reset", "1")
+    attributes.set(zram, "comp_algorithm", "zstd")
+    attributes.set(zram, "mem_limit", "1M")
+    attributes.set(zram, "reset", "1")
     assert state(zram) == FRESH
 
 
 def test_reset_of_an_open_device_is_busy_names_the_openers_and_changes_nothing(zram):
-    zram.set("mem_limit", "1M")
+    attributes.set(zram, "mem_limit", "1M")
     zram.init(1 << 20)
     opener, other = zram.open("nbd connection 5"), zram.open("nbdkit handle 3")
     opener.write(0, noise(1))
     before = state(zram)
-    for reset in (zram.reset, lambda: zram.set("reset", "1")):
+    for reset in (zram.reset, lambda: attributes.set(zram, "reset", "1")):
         with pytest.raises(DeviceBusy, match=r"nbd connection 5, nbdkit handle 3") as caught:
             reset()
         assert caught.value.errno == errno.EBUSY
@@ -1106,7 +1108,7 @@ def test_statistics_and_attributes_can_be_read_while_a_reset_waits(zram, opener)
     resetter = in_thread(lambda: zram.reset(force=True))
     until(lambda: not zram._gate.init_done)
     for attribute in READABLE:
-        zram.get(attribute)
+        attributes.get(zram, attribute)
     assert zram.statistics().disksize == 0
     held.go.set()
     writer.join(DEADLINE)
@@ -1138,7 +1140,7 @@ def test_threads_that_hammer_a_device_while_it_is_reset_get_eio_or_right_data(zr
     def init() -> None:
         nonlocal generation
         generation += 1
-        zram.set("comp_algorithm", algorithm)
+        attributes.set(zram, "comp_algorithm", algorithm)
         zram.init(600 * PAGE)
 
     def open_one() -> tuple[Opener, int] | None:
@@ -1211,9 +1213,9 @@ class Keeper:
 
 def used_device(zram: Zram) -> None:
     """With figures in every counter."""
-    zram.set("comp_algorithm", "zstd")
-    zram.set("algorithm_params", "level=7")
-    zram.set("mem_limit", "8M")
+    attributes.set(zram, "comp_algorithm", "zstd")
+    attributes.set(zram, "algorithm_params", "level=7")
+    attributes.set(zram, "mem_limit", "8M")
     zram.init(16 << 20)
     opener = zram.open("test")
     opener.write(0, b"".join(map(noise, range(100))) + contents.text(1) + contents.filled(7))
@@ -1251,7 +1253,7 @@ def test_an_adopted_device_is_the_one_that_was(zram):
     assert after.mem_used_total <= before.mem_used_total
     for attribute in READABLE:
         if attribute != "mm_stat":
-            assert heir.get(attribute) == zram.get(attribute)
+            assert heir.get(attribute) == attributes.get(zram, attribute)
     opener = heir.open("test")
     assert opener.read(0, 16 << 20) == content
     opener.discard(0, PAGE)
@@ -1270,18 +1272,18 @@ def test_an_adopted_device_is_the_one_that_was(zram):
 
 def test_limits_and_a_lowered_peak_outlive_the_process(zram):
     keeper = Keeper(zram)
-    zram.set("mem_limit", "8M")
+    attributes.set(zram, "mem_limit", "8M")
     zram.init(16 << 20)
     opener = zram.open("test")
     opener.write(0, noise(1) * 500)
     opener.discard(0, 400 * PAGE)
     opener.close()
-    zram.set("mem_limit", "5M")
-    zram.set("mem_used_max", "0")
+    attributes.set(zram, "mem_limit", "5M")
+    attributes.set(zram, "mem_used_max", "0")
     heir = Zram("zram7")
     heir.adopt(os.dup(keeper.fd))
     assert heir.get("mem_limit") == str(5 << 20)
-    assert heir.get("mem_used_max") == zram.get("mem_used_max")
+    assert heir.get("mem_used_max") == attributes.get(zram, "mem_used_max")
     heir.set("mem_limit", "0")
     heir.close()
     heir.adopt(os.dup(keeper.fd))
@@ -1291,11 +1293,11 @@ def test_limits_and_a_lowered_peak_outlive_the_process(zram):
 
 def test_a_reserve_is_one_again_with_the_limit_that_it_was_made_with(zram):
     keeper = Keeper(zram)
-    zram.set("prealloc", "1")
-    zram.set("mem_limit", "8M")
+    attributes.set(zram, "prealloc", "1")
+    attributes.set(zram, "mem_limit", "8M")
     zram.init(64 << 20)
     zram.open("test").write(0, noise(1) * 100)
-    zram.set("mem_limit", "6M")
+    attributes.set(zram, "mem_limit", "6M")
     before = zram.statistics()
     heir = Zram("zram7")
     assert heir.adopt(os.dup(keeper.fd)) == []
@@ -1331,7 +1333,7 @@ def test_an_adopted_device_reports_what_is_lost_and_counts_reads_of_it(zram):
 
 
 def test_what_cannot_be_adopted_leaves_the_device_as_it_was_and_the_callers_descriptor(zram):
-    zram.set("comp_algorithm", "zstd")
+    attributes.set(zram, "comp_algorithm", "zstd")
     fd = os.memfd_create("nothing")
     with pytest.raises(BadArena):
         zram.adopt(fd)
@@ -1343,7 +1345,10 @@ def test_what_cannot_be_adopted_leaves_the_device_as_it_was_and_the_callers_desc
     os.fstat(unknown.fd)
     unknown.close()
     assert open_files() == []
-    assert (zram.disksize, zram.get("comp_algorithm")) == (0, "lz4 lz4hc [zstd] deflate")
+    assert (zram.disksize, attributes.get(zram, "comp_algorithm")) == (
+        0,
+        "lz4 lz4hc [zstd] deflate",
+    )
     with pytest.raises(NotInitialised):
         zram.open("test")
     zram.init(PAGE)
@@ -1392,7 +1397,7 @@ class DeviceAgainstBytearray(RuleBasedStateMachine):
     @rule(size=st.sampled_from(SIZES), short=st.integers(0, PAGE - 1))
     def init(self, size: int, short: int) -> None:
         if self.model is None:
-            self.zram.set("disksize", str(size - short))
+            attributes.set(self.zram, "disksize", str(size - short))
             self.model = Model(size)
         else:
             with pytest.raises(DeviceBusy):
@@ -1406,16 +1411,16 @@ class DeviceAgainstBytearray(RuleBasedStateMachine):
     @rule(algorithm=st.sampled_from(["lz4", "zstd", "zstd(level=1)", "lz4hc", "deflate"]))
     def choose(self, algorithm: str) -> None:
         if self.model is None:
-            self.zram.set("comp_algorithm", algorithm)
+            attributes.set(self.zram, "comp_algorithm", algorithm)
             self.algorithm = algorithm
         else:
             with pytest.raises(DeviceBusy):
-                self.zram.set("comp_algorithm", algorithm)
+                attributes.set(self.zram, "comp_algorithm", algorithm)
 
     @rule(spans=st.integers(0, 4), more=st.integers(0, 5 * PAGE))
     def limit_memory(self, spans: int, more: int) -> None:
         limit = spans * SPAN + more
-        self.zram.set("mem_limit", str(limit))
+        attributes.set(self.zram, "mem_limit", str(limit))
         self.limit = -(-limit // PAGE) * PAGE
 
     @rule()
@@ -1424,7 +1429,7 @@ class DeviceAgainstBytearray(RuleBasedStateMachine):
             with pytest.raises(BadValue):
                 self.zram.compact()
         else:
-            self.zram.set("compact", "1")
+            attributes.set(self.zram, "compact", "1")
             assert not self.zram.sparse
 
     @rule()
@@ -1530,7 +1535,7 @@ class DeviceAgainstBytearray(RuleBasedStateMachine):
         assert io == self.io
         assert now.disksize == self.zram.disksize
         if self.model is None:
-            assert self.zram.get("mm_stat").split()[:3] == ["0", "0", "0"]
+            assert attributes.get(self.zram, "mm_stat").split()[:3] == ["0", "0", "0"]
             assert now.disksize == 0
             return
         meta = self.zram._meta
@@ -1558,7 +1563,7 @@ def test_every_error_a_device_raises_is_one_of_ours(zram):
     for attribute in WRITABLE:
         for value in ("\0", "\n", " ", "%", "\ud800", "1" * 100, "level=\u0663", "1e400", "NaN"):
             try:
-                zram.set(attribute, value)
+                attributes.set(zram, attribute, value)
             except ZramdError:
                 pass
             zram.reset()

@@ -13,6 +13,7 @@ LAYERS = [
     {"zramd.service"},
     {"zramd.control"},
     {"zramd.nbd"},
+    {"zramd.attributes"},
     {"zramd.device"},
     {"zramd.opener"},
     {"zramd.gate"},

@@ -26,6 +26,7 @@ from tests.conftest import require
 from tests.kernel.servers import ROOT, SERVERS, served
 from tests.nbd.harness import RawClient
 from tests.store.contents import noise, text
+from zramd import attributes
 from zramd.control.client import Control
 from zramd.device import Zram
 from zramd.nbd.address import UnixAddress
@@ -89,7 +90,7 @@ def use_and_reset(algorithm: str, share: int) -> dict[str, int | list[str]]:
         filled.wait()
         over.wait()
 
-    zram.set("comp_algorithm", algorithm)
+    attributes.set(zram, "comp_algorithm", algorithm)
     zram.init(disksize)
     opener = zram.open("warm-up")
     write_all(opener.write, data, 0, 4 * MIB, 128 << 10)
@@ -97,7 +98,7 @@ def use_and_reset(algorithm: str, share: int) -> dict[str, int | list[str]]:
     zram.reset(force=True)
 
     before, _ = of_process("self")
-    zram.set("comp_algorithm", algorithm)
+    attributes.set(zram, "comp_algorithm", algorithm)
     zram.init(disksize)
     opener = zram.open("test")
     threads = [threading.Thread(target=user, args=(number,)) for number in range(len(sizes))]

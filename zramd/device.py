@@ -1,4 +1,4 @@
-"""Zram: one device: its initialisation, its reset, its attributes.
+"""Zram: one device: its initialisation, its reset, its snapshots.
 
 All front ends talk to this and to nothing below it; I/O goes through the `Opener` that `open`
 gives.
@@ -33,7 +33,6 @@ first three. Meta is touched inside the gate or under init_lock only.
 """
 
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -42,7 +41,7 @@ from pathlib import Path
 from typing import Final
 
 from zramd import heap, sizes
-from zramd.errors import BadArena, BadValue, DeviceBusy, NoMemory, NotInitialised, NotSupported
+from zramd.errors import BadArena, BadValue, DeviceBusy, NoMemory, NotInitialised
 from zramd.gate import Gate
 from zramd.opener import IoCounts, Opener
 from zramd.statistics import Statistics
@@ -51,7 +50,7 @@ from zramd.store.arena import Arena, default_mem_limit, remove
 from zramd.store.image import find, unpack, unseal
 from zramd.store.pages import Counters, Pages
 from zramd.store.recovery import recover
-from zramd.store.zcomp import NAMES, Algorithm, Comp
+from zramd.store.zcomp import Algorithm, Comp
 
 DEFAULT_ALGORITHM: Final = Algorithm("lz4")
 """lz4 costs a third of zstd's time per page; people who want the ratio say so."""
@@ -414,54 +413,30 @@ class Zram:
         finally:
             self._gate.leave(record)
 
-    # Attributes, with zram's names and formats
+    # What can be set
 
-    def get(self, attribute: str) -> str:
-        """The text that reading /sys/block/zramN/ATTRIBUTE gives, without its newline.
+    @property
+    def algorithm(self) -> Algorithm:
+        """The compressor that is used, or will be."""
+        return self._algorithm
 
-        Raises BadValue for an attribute that does not exist or cannot be read.
-        """
-        return _readable(attribute)(self)
-
-    def set(self, attribute: str, value: str) -> None:
-        """What writing `value` to /sys/block/zramN/ATTRIBUTE does.
-
-        Raises BadValue, DeviceBusy, NoMemory, NotSupported; nothing has changed then.
-        """
-        _writable(attribute)(self, value.strip())
-
-    def _get_comp_algorithm(self) -> str:
-        chosen = self._algorithm.name
-        return " ".join(f"[{name}]" if name == chosen else name for name in NAMES)
-
-    def _set_comp_algorithm(self, value: str) -> None:
-        algorithm = Algorithm.parse(value)
+    def choose(self, attribute: str, change: Callable[[Algorithm], Algorithm]) -> None:
+        """Have the compressor that `change` makes of the one chosen. Raises what it raises, and
+        DeviceBusy, naming the `attribute`, where there is a disksize."""
         with self._init_lock:
-            self._must_not_be_initialised("comp_algorithm")
-            self._algorithm = algorithm
+            self._must_not_be_initialised(attribute)
+            self._algorithm = change(self._algorithm)
 
-    def _set_algorithm_params(self, value: str) -> None:
-        pairs = dict(_pair(word) for word in value.split())
-        unknown = set(pairs) - {"algo", "priority", "level", "dict"}
-        if unknown or not pairs:
-            raise BadValue(
-                f"algorithm_params does not know {sorted(unknown) or 'an empty value'}",
-                hint="write level=N, optionally with algo=NAME or priority=0",
-            )
-        priority = _integer("priority", pairs.get("priority", "0"))
-        if priority not in range(4):
-            raise BadValue(f"priority is 0 to 3, not {priority}")
-        if "dict" in pairs or priority:
-            raise NotSupported("dictionaries and secondary algorithms are not built yet")
+    @property
+    def prealloc(self) -> bool:
+        """Whether all of mem_limit is taken at once."""
+        return self._prealloc
+
+    @prealloc.setter
+    def prealloc(self, prealloc: bool) -> None:
         with self._init_lock:
-            self._must_not_be_initialised("algorithm_params")
-            if pairs.get("algo", self._algorithm.name) != self._algorithm.name:
-                raise BadValue(
-                    f"{pairs['algo']} is not the chosen algorithm, {self._algorithm.name} is",
-                    hint="choose it in comp_algorithm first",
-                )
-            level = _integer("level", pairs["level"]) if "level" in pairs else None
-            self._algorithm = Algorithm(self._algorithm.name, level)
+            self._must_not_be_initialised("prealloc")
+            self._prealloc = prealloc
 
     def _must_not_be_initialised(self, attribute: str) -> None:
         if self._meta is not None:
@@ -470,8 +445,10 @@ class Zram:
                 hint=f"reset it first (its content is lost): zramd reset {self.name}",
             )
 
-    def _set_mem_limit(self, value: str) -> None:
-        limit = -(-sizes.parse(value) // PAGE) * PAGE
+    def limit(self, limit: int) -> None:
+        """Take no more than so many bytes, rounded up to a page, of memory; 0 for no limit. Raises
+        BadValue where that is more than is preallocated."""
+        limit = -(-limit // PAGE) * PAGE
         with self._init_lock:
             if self._meta is not None:
                 most = self._reserved_limit
@@ -484,71 +461,11 @@ class Zram:
                 self._meta.arena.limit = limit
             self._mem_limit = limit
 
-    def _set_prealloc(self, value: str) -> None:
-        if value not in ("0", "1"):
-            raise BadValue(f"prealloc takes 0 or 1, not {value!r}")
-        with self._init_lock:
-            self._must_not_be_initialised("prealloc")
-            self._prealloc = value == "1"
-
-    def _set_mem_used_max(self, value: str) -> None:
-        if _integer("mem_used_max", value) != 0:
-            raise BadValue("mem_used_max takes only 0", hint="0 sets it to what is used now")
+    def forget_used_max(self) -> None:
+        """Let the peak of what is used be what is used now."""
         with self._init_lock:
             if self._meta is not None:
                 self._meta.arena.forget_used_max()
-
-    def _set_reset(self, value: str) -> None:
-        if not 0 < _integer("reset", value) < 65536:
-            raise BadValue(f"reset takes 1, not {value}")
-        self.reset()
-
-    def _set_compact(self, value: str) -> None:
-        self.compact()
-
-    def _set_max_comp_streams(self, value: str) -> None:
-        if _integer("max_comp_streams", value) < 1:
-            raise BadValue(f"max_comp_streams must be at least 1, not {value}")
-
-
-_GETTERS: Final[dict[str, Callable[[Zram], str]]] = {
-    "disksize": lambda zram: str(zram.disksize),
-    "initstate": lambda zram: "1" if zram.disksize else "0",
-    "comp_algorithm": Zram._get_comp_algorithm,
-    "max_comp_streams": lambda zram: str(_cpus()),
-    "mem_limit": lambda zram: str(zram.statistics().mem_limit),
-    "mem_used_max": lambda zram: str(zram.statistics().mem_used_max),
-    "prealloc": lambda zram: str(int(zram._prealloc)),
-    "mm_stat": lambda zram: zram.statistics().mm_stat(),
-    "io_stat": lambda zram: zram.statistics().io_stat(),
-}
-_SETTERS: Final[dict[str, Callable[[Zram, str], None]]] = {
-    "disksize": lambda zram, value: zram.init(sizes.parse(value)),
-    "reset": Zram._set_reset,
-    "comp_algorithm": Zram._set_comp_algorithm,
-    "algorithm_params": Zram._set_algorithm_params,
-    "max_comp_streams": Zram._set_max_comp_streams,
-    "mem_limit": Zram._set_mem_limit,
-    "prealloc": Zram._set_prealloc,
-    "mem_used_max": Zram._set_mem_used_max,
-    "compact": Zram._set_compact,
-}
-READABLE: Final = tuple(sorted(_GETTERS))
-WRITABLE: Final = tuple(sorted(_SETTERS))
-
-
-def _readable(attribute: str) -> Callable[[Zram], str]:
-    if attribute not in _GETTERS:
-        problem = "can only be set" if attribute in _SETTERS else "is not an attribute"
-        raise BadValue(f"{attribute!r} {problem}", hint=f"get one of {', '.join(READABLE)}")
-    return _GETTERS[attribute]
-
-
-def _writable(attribute: str) -> Callable[[Zram, str], None]:
-    if attribute not in _SETTERS:
-        problem = "is read-only" if attribute in _GETTERS else "is not an attribute"
-        raise BadValue(f"{attribute!r} {problem}", hint=f"set one of {', '.join(WRITABLE)}")
-    return _SETTERS[attribute]
 
 
 def _keep_nothing(_fd: int | None) -> None:
@@ -559,19 +476,6 @@ def _must_be_open(gate: Gate) -> None:
     """What takes long inside `gate` looks here whether somebody waits for it."""
     if not gate.init_done:
         raise NotInitialised("the device is being reset", hint="try again when that has ended")
-
-
-def _pair(word: str) -> tuple[str, str]:
-    key, equals, value = word.partition("=")
-    if not equals or not value:
-        raise BadValue(f"{word!r} is not KEY=VALUE", hint="write level=N")
-    return key, value
-
-
-def _integer(what: str, text: str) -> int:
-    if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
-        raise BadValue(f"{what} takes a whole number, not {text!r}")
-    return int(text)
 
 
 def _cpus() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import zramd
-from zramd import errors
+from zramd import attributes, errors
 from zramd.control.client import Control
 from zramd.control.server import ControlThread
 from zramd.device import Zram
@@ -154,7 +154,7 @@ def test_an_error_of_the_device_is_raised_here_as_it_was_there(
 ):
     zram.init(1 << 20)
     with pytest.raises(error) as there:
-        zram.set(attribute, value)
+        attributes.set(zram, attribute, value)
     with pytest.raises(error) as here:
         control.set(attribute, value)
     assert (here.value.message, here.value.hint) == (there.value.message, there.value.hint)
@@ -162,10 +162,10 @@ def test_an_error_of_the_device_is_raised_here_as_it_was_there(
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.slug)
 def test_every_class_of_error_survives_the_way(control, zram, monkeypatch, kind):
-    def fail(attribute):
+    def fail(zram, attribute):
         raise kind("it happened", hint="do this")
 
-    monkeypatch.setattr(zram, "get", fail)
+    monkeypatch.setattr(attributes, "get", fail)
     with pytest.raises(kind) as caught:
         control.get("anything")
     assert type(caught.value) is kind
@@ -175,10 +175,10 @@ def test_every_class_of_error_survives_the_way(control, zram, monkeypatch, kind)
 def test_something_unforeseen_in_the_server_is_an_error_and_it_goes_on(
     control, zram, monkeypatch, caplog
 ):
-    def fail(attribute):
+    def fail(zram, attribute):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(zram, "get", fail)
+    monkeypatch.setattr(attributes, "get", fail)
     with pytest.raises(ZramdError, match="RuntimeError: a bug") as caught:
         control.get("anything")
     assert type(caught.value) is ZramdError
@@ -189,7 +189,7 @@ def test_something_unforeseen_in_the_server_is_an_error_and_it_goes_on(
 def test_slow_calls_do_not_keep_those_waiting_who_only_look(thread, zram, place, monkeypatch):
     entered, leave = threading.Semaphore(0), threading.Event()
 
-    def slow(attribute, value):
+    def slow(zram, attribute, value):
         entered.release()
         assert leave.wait(30)
         done.append(value)
@@ -198,7 +198,7 @@ def test_slow_calls_do_not_keep_those_waiting_who_only_look(thread, zram, place,
         with Control(place) as control:
             control.set("anything", value)
 
-    monkeypatch.setattr(zram, "set", slow)
+    monkeypatch.setattr(attributes, "set", slow)
     done = []
     # As many as there can be threads: who only looks is answered all the same.
     workers = min(32, (os.cpu_count() or 1) + 4)

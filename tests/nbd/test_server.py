@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from tests.nbd.harness import DEADLINE_S, RawClient, RunningServer, request, wait_for
+from zramd import attributes
 from zramd.device import Zram
 from zramd.errors import BadValue, DeviceBusy, ServerExists
 from zramd.nbd import connection, transmission, wire
@@ -224,7 +225,7 @@ def test_trim_and_zeroes_free_what_was_stored(address, zram, command, length):
 def test_a_full_store_refuses_the_write_and_the_connection_lives(address, zram):
     with RawClient(address) as client:
         client.write(0, b"a" * 4096)
-        zram.set("mem_limit", "1M")
+        attributes.set(zram, "mem_limit", "1M")
         stream = b"".join(request(NBD_CMD_WRITE, n * MIB, MIB) + noise(MIB, n) for n in range(1, 4))
         client.send(stream)
         assert {client.reply()[1] for _ in range(3)} <= {0, ENOSPC}
@@ -233,7 +234,7 @@ def test_a_full_store_refuses_the_write_and_the_connection_lives(address, zram):
 
 
 def test_a_write_that_waits_for_a_compaction_makes_nobody_else_wait(address, zram):
-    zram.set("mem_limit", "2M")
+    attributes.set(zram, "mem_limit", "2M")
     with RawClient(address) as writer, RawClient(address) as other:
         number = 0
         while writer.error(request(NBD_CMD_WRITE, number * 4096, 4096) + noise(4096, number)) == 0:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from zramd import attributes
 from zramd.device import Zram
 from zramd.service.systemd import Manager, passed_sockets
 
@@ -127,7 +128,7 @@ def test_the_status_says_what_is_stored_in_how_much_ram_and_only_when_that_chang
     manager, heard, zram, monkeypatch
 ):
     monkeypatch.setattr("zramd.service.systemd._STATUS_S", 0.01)
-    zram.set("mem_limit", "1M")
+    attributes.set(zram, "mem_limit", "1M")
 
     def write() -> None:
         opener = zram.open("a client")

@@ -91,13 +91,13 @@ def _algorithms() -> list[str]:
 
 
 def _readable() -> list[str]:
-    from zramd.device import READABLE
+    from zramd.attributes import READABLE
 
     return list(READABLE)
 
 
 def _writable() -> list[str]:
-    from zramd.device import WRITABLE
+    from zramd.attributes import WRITABLE
 
     return list(WRITABLE)
 

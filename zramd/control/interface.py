@@ -92,12 +92,16 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
     @varlinkmethod(return_parameter="value")
     def Get(self, attribute: str) -> str:
         """The text of an attribute, as reading /sys/block/zramN/ATTRIBUTE gives it."""
-        return _ask(self._zram.get, attribute)
+        from zramd import attributes  # the server has loaded it, and the client must not
+
+        return _ask(attributes.get, self._zram, attribute)
 
     @varlinkmethod
     async def Set(self, attribute: str, value: str) -> None:
         """Write an attribute, as writing to /sys/block/zramN/ATTRIBUTE does."""
-        await asyncio.to_thread(_ask, self._zram.set, attribute, value)
+        from zramd import attributes
+
+        await asyncio.to_thread(_ask, attributes.set, self._zram, attribute, value)
 
     @varlinkmethod(return_type=_StatisticsReply)
     def Statistics(self) -> dict[str, Any]:

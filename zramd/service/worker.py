@@ -122,10 +122,11 @@ def _make(zram: Zram, config: Config) -> None:
             hint="give it a --disksize",
         )
     if config.comp_algorithm is not None:
-        zram.set("comp_algorithm", config.comp_algorithm)
+        algorithm = Algorithm.parse(config.comp_algorithm)
+        zram.choose("comp_algorithm", lambda _: algorithm)
     if config.mem_limit is not None:
-        zram.set("mem_limit", str(config.mem_limit))
-    zram.set("prealloc", str(int(config.reserves)))
+        zram.limit(config.mem_limit)
+    zram.prealloc = config.reserves
     zram.init(config.disksize)
 
 
@@ -164,7 +165,7 @@ def _must_agree(zram: Zram, config: Config, file: Path | None) -> None:
             hint="ask for that, or name another file",
         )
     if config.mem_limit is not None:
-        zram.set("mem_limit", str(config.mem_limit))
+        zram.limit(config.mem_limit)
 
 
 def _hand_over(link: Link, descriptor: int | None) -> None:
