@@ -1253,7 +1253,7 @@ def test_an_adopted_device_is_the_one_that_was(zram):
     assert after.mem_used_total <= before.mem_used_total
     for attribute in READABLE:
         if attribute != "mm_stat":
-            assert heir.get(attribute) == attributes.get(zram, attribute)
+            assert attributes.get(heir, attribute) == attributes.get(zram, attribute)
     opener = heir.open("test")
     assert opener.read(0, 16 << 20) == content
     opener.discard(0, PAGE)
@@ -1282,12 +1282,12 @@ def test_limits_and_a_lowered_peak_outlive_the_process(zram):
     attributes.set(zram, "mem_used_max", "0")
     heir = Zram("zram7")
     heir.adopt(os.dup(keeper.fd))
-    assert heir.get("mem_limit") == str(5 << 20)
-    assert heir.get("mem_used_max") == attributes.get(zram, "mem_used_max")
-    heir.set("mem_limit", "0")
+    assert attributes.get(heir, "mem_limit") == str(5 << 20)
+    assert attributes.get(heir, "mem_used_max") == attributes.get(zram, "mem_used_max")
+    attributes.set(heir, "mem_limit", "0")
     heir.close()
     heir.adopt(os.dup(keeper.fd))
-    assert heir.get("mem_limit") == "0"
+    assert attributes.get(heir, "mem_limit") == "0"
     heir.close()
 
 
@@ -1303,10 +1303,10 @@ def test_a_reserve_is_one_again_with_the_limit_that_it_was_made_with(zram):
     assert heir.adopt(os.dup(keeper.fd)) == []
     after = heir.statistics()
     assert (after.mem_reserved, after.mem_limit) == (before.mem_reserved, 6 << 20)
-    assert heir.get("prealloc") == "1"
+    assert attributes.get(heir, "prealloc") == "1"
     with pytest.raises(BadValue, match="8M preallocated"):
-        heir.set("mem_limit", "9M")
-    heir.set("mem_limit", "8M")
+        attributes.set(heir, "mem_limit", "9M")
+    attributes.set(heir, "mem_limit", "8M")
     assert heir.open("test").read(0, 100 * PAGE) == noise(1) * 100
     audit(heir._meta)
     heir.close()
