@@ -2,7 +2,7 @@
 
 The arena is kept whatever comes, and so are the sockets that systemd has passed, as nobody could
 get them again; what a worker has made beside these is its successor's, and goes where there will be
-none for a while.
+none for a while. systemd keeps the arena too, should this process die.
 """
 
 import errno
@@ -10,9 +10,10 @@ import mmap
 import os
 from typing import Final
 
+from zramd.service.systemd import ARENA, Store
 from zramd.store.arena import lock_in_memory
+from zramd.store.header import MAGIC
 
-ARENA: Final = "arena"
 PASSED: Final = "passed"
 """Before a number, the name of a socket that systemd has passed."""
 
@@ -21,6 +22,7 @@ class Kept:
     def __init__(self) -> None:
         self.descriptors: dict[str, int] = {}
         self._locked: dict[str, mmap.mmap] = {}
+        self._store = Store()
 
     @property
     def locked(self) -> list[str]:
@@ -31,6 +33,8 @@ class Kept:
         """In the place of what had that name."""
         self.drop(name)
         self.descriptors[name] = descriptor
+        if name == ARENA:
+            self._store.keep(name, descriptor)
 
     def lock(self, name: str) -> None:
         """It is memory, and is to stay there. Raises OSError."""
@@ -43,7 +47,11 @@ class Kept:
         if name in self._locked:
             self._locked.pop(name).close()
         if name in self.descriptors:
-            os.close(self.descriptors.pop(name))
+            descriptor = self.descriptors.pop(name)
+            if name == ARENA and not self._store.drop(name) and os.fstat(descriptor).st_nlink == 0:
+                # Who might be passed it some day must not take it for what the device holds.
+                os.pwrite(descriptor, bytes(len(MAGIC)), 0)
+            os.close(descriptor)
 
     def drop_what_workers_make(self) -> None:
         for name in list(self.descriptors):
@@ -54,6 +62,12 @@ class Kept:
         """In a fork: the locks are not inherited, and the maps are of no use."""
         for memory in self._locked.values():
             memory.close()  # and not MADV_DONTFORK: user-mode Linux leaves the child such pages
+
+
+def is_reserved(arena: int) -> bool:
+    """Whether all of its memory has been taken, to be kept."""
+    status = os.fstat(arena)
+    return 0 < status.st_size <= status.st_blocks * 512
 
 
 def one(descriptors: list[int]) -> int:
