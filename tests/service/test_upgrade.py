@@ -154,10 +154,13 @@ def test_nothing_is_left_of_an_upgrade_in_the_processes_that_go_on(start):
     write(server)
     upgrades(server)
     first = opened(server.process.pid)
+    assert "pipe" not in opened(server.worker)
+    links = [os.readlink(link) for link in Path(f"/proc/{server.worker}/fd").iterdir()]
+    sockets = [link for link in links if link.startswith("socket:")]
+    assert len(sockets) == len(set(sockets))  # or it has inherited what it is handed anyway
     for _ in range(2):
         upgrades(server)
         assert opened(server.process.pid) == first
-    assert "pipe" not in opened(server.worker)
     assert children(server.process.pid) == {server.worker}
 
 
@@ -324,6 +327,26 @@ def test_a_server_that_is_told_to_end_meanwhile_ends(start, what, how):
     if what is SLEEPS_AS_CANDIDATE:
         thread.join()
         assert failed
+
+
+@pytest.mark.parametrize("when", ["loading", "at its turn", "serving"])
+def test_a_candidate_dies_with_its_supervisor(start, when):
+    server = start()
+    thread = None
+    if when == "loading":
+        thread, _failed = ask_beside(server, SLEEPS_AS_CANDIDATE)
+        (candidate,) = candidates(server)
+    elif when == "at its turn":
+        candidate = ask(server, SLEEPS_AT_ITS_TURN)
+        wait_for((server.paths.dir.parent / "turn").exists)
+    else:
+        candidate = ask(server, program())
+        wait_for(lambda: server.worker == candidate)
+    server.process.kill()
+    server.process.wait()
+    wait_for(lambda: not lives(candidate))
+    if thread is not None:
+        thread.join()
 
 
 def test_one_upgrade_at_a_time(start):
