@@ -1,5 +1,6 @@
-"""What test_nbd_kernel.py has run inside a guest: a server whose worker is killed again and again
-below a mount, and below swap. Nobody who uses them notices anything but that it takes a while.
+"""What test_nbd_kernel.py has run inside a guest: a server whose worker is killed again and again,
+or that is upgraded, below a mount, and below swap. Nobody who uses them notices anything but that
+it takes a while.
 """
 
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def kill_worker() -> None:
     wait_for(lambda: PATHS.worker() not in (0, before) and _answers(), "another worker", _LIMIT_S)
 
 
+def upgrade() -> None:
+    """Returns when this code, in another process, serves."""
+    before, server = PATHS.worker(), PATHS.server()
+    zramd("upgrade", "g0")
+    assert PATHS.worker() not in (0, before)
+    assert PATHS.server() == server
+
+
 def _answers() -> bool:
     try:
         with Control(PATHS.control_socket) as control:
@@ -78,7 +87,12 @@ def done(node: str) -> int:
     return int(reads) + int(writes)
 
 
-def test_a_mount_outlives_its_workers(start, directory):  # noqa: F811 - the fixture
+@pytest.mark.parametrize("change", [kill_worker, upgrade])
+def test_a_mount_outlives_its_workers(
+    start,
+    directory,  # noqa: F811 - the fixture
+    change: Callable[[], None],
+):
     start("mount", "256M")
     node = zramd("up", "g0", "--disksize=256M", "--mem-limit=64M", "--mount", str(directory))
     fio = subprocess.Popen(
@@ -98,7 +112,7 @@ def test_a_mount_outlives_its_workers(start, directory):  # noqa: F811 - the fix
         wait_for(lambda b=before: done(node.stdout.strip()) > b + 200, "fio to go on", _LIMIT_S)
         time.sleep(numbers.uniform(0, 0.5))
         assert fio.poll() is None, fio.communicate()[0]
-        kill_worker()
+        change()
     before = done(node.stdout.strip())
     wait_for(lambda: done(node.stdout.strip()) > before + 200, "fio to go on", _LIMIT_S)
     fio.send_signal(signal.SIGINT)
@@ -119,7 +133,8 @@ def test_a_mount_outlives_its_workers(start, directory):  # noqa: F811 - the fix
     assert checked.returncode == 0, checked.stdout
 
 
-def test_swap_outlives_its_workers(start):
+@pytest.mark.parametrize("change", [kill_worker, upgrade])
+def test_swap_outlives_its_workers(start, change: Callable[[], None]):
     start("swap", "128M")
     node = zramd("up", "g0", "--disksize=128M", "--mem-limit=64M", "--swap").stdout.strip()
     memories = [swapped_out(seed) for seed in range(3)]
@@ -134,7 +149,7 @@ def test_swap_outlives_its_workers(start):
     for kill in range(KILLS):
         before = done(node)
         wait_for(lambda b=before: done(node) > b + 20, "swapping to go on", _LIMIT_S)
-        kill_worker()
+        change()
         memory, seed = memories[kill % 3], kill % 3
         assert memory[:] == random.Random(seed).randbytes(8 * MIB)
         memory.madvise(MADV_PAGEOUT)

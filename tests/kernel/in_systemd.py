@@ -27,6 +27,8 @@ MIB = 1 << 20
 SWAP = ("dev-nbd0.swap", "zramd-attach@swap0.service", "zramd@swap0.service")
 FILES = ("srv-files.mount", "zramd-attach@files.service", "zramd@files.service")
 MADV_PAGEOUT = 21
+UPGRADES = 5
+"""Of each of the two."""
 
 
 def systemctl(*arguments: str, status: int | None = 0) -> str:
@@ -57,8 +59,8 @@ def main_pid(unit: str) -> int:
 
 
 def worker(name: str) -> int:
-    """The process of a server that does the I/O."""
-    return int(Path(f"/run/zramd/{name}/lock").read_text().split()[1])
+    """The process of a server that does the I/O; where there is none, the server itself."""
+    return int(Path(f"/run/zramd/{name}/lock").read_text().split()[-1])
 
 
 class Swapped:
@@ -172,6 +174,30 @@ def test_a_worker_that_dies_is_replaced_and_nobody_notices(name: str) -> None:
     assert "I/O error" not in told
 
 
+@pytest.mark.parametrize("name", ["swap0", "files"])
+def test_an_upgrade_changes_the_process_and_nobody_notices(name: str) -> None:
+    unit, memory = f"zramd@{name}", Swapped(8 * MIB)
+    content = random.Random(2).randbytes(4 * MIB)
+    Path("/srv/files/kept").write_bytes(content)
+    os.sync()
+    main = main_pid(unit)
+    for _ in range(UPGRADES):
+        before = worker(name)
+        subprocess.run(["zramd", "upgrade", name], check=True)
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+        assert Path("/srv/files/kept").read_bytes() == content
+        assert (main_pid(unit), worker(name) != before) == (main, True)
+        is_hardened(Path("/proc", str(worker(name))))
+        is_hardened(Path("/proc", str(main)))
+    assert memory.comes_back()
+    os.kill(worker(name), signal.SIGKILL)
+    assert Swapped(8 * MIB).comes_back()
+    Path("/srv/files/kept").unlink()
+    os.sync()
+    told = subprocess.run(["dmesg"], check=True, capture_output=True, text=True).stdout
+    assert "I/O error" not in told
+
+
 @pytest.fixture
 def swapoff_fails() -> Iterator[None]:
     """There is not enough memory, by the kernel's strict account, for what is on the swap."""
@@ -240,7 +266,33 @@ def test_a_server_that_is_told_to_end_while_in_use_serves_on_and_ends_when_that_
     assert main_pid(SWAP[2]) != server
 
 
-def test_what_a_killed_server_leaves_is_cleared_and_can_be_started_again() -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGABRT, None], ids=["KILL", "ABRT", "all"])
+@pytest.mark.parametrize("units", [SWAP, FILES], ids=["swap", "files"])
+def test_a_server_that_dies_is_followed_by_one_with_its_pages(
+    units: tuple[str, ...], how: signal.Signals | None
+) -> None:
+    server, memory = main_pid(units[2]), Swapped(8 * MIB)
+    content = random.Random(3).randbytes(4 * MIB)
+    Path("/srv/files/kept").write_bytes(content)
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    if how is None:
+        systemctl("kill", "-s", "KILL", units[2])
+    else:
+        os.kill(server, how)
+    wait_for(lambda: main_pid(units[2]) not in (0, server), "another server")
+    assert memory.comes_back()
+    assert Swapped(8 * MIB).comes_back()
+    assert Path("/srv/files/kept").read_bytes() == content
+    Path("/srv/files/kept").unlink()
+    os.sync()
+    wait_for(lambda: states(units) == ["active"] * 3, "all to be active")
+    told = subprocess.run(["dmesg"], check=True, capture_output=True, text=True).stdout
+    assert "I/O error" not in told
+    systemctl("reset-failed")  # what has been counted for StartLimitBurst=
+
+
+def test_a_request_that_waits_for_a_server_that_hangs_is_answered_by_the_next() -> None:
     server = main_pid(FILES[2])
     os.kill(worker("files"), signal.SIGSTOP)
     read = ["dd", "if=/dev/nbd1", "of=/dev/null", "bs=4096", "count=1", "iflag=direct"]
@@ -248,7 +300,20 @@ def test_what_a_killed_server_leaves_is_cleared_and_can_be_started_again() -> No
     inflight = Path("/sys/block/nbd1/inflight")
     wait_for(lambda: inflight.read_text().split() != ["0", "0"], "a request under way")
     os.kill(server, signal.SIGKILL)
-    assert waiting.wait() != 0
+    assert waiting.wait() == 0
+    wait_for(lambda: states(FILES) == ["active"] * 3, "all to be active")
+    assert os.path.ismount("/srv/files")
+
+
+def test_what_a_server_leaves_that_ends_for_good_is_cleared_and_can_be_started_again() -> None:
+    server = main_pid(FILES[2])
+    systemctl("reset-failed")
+    for _ in range(5):  # MOST_DEATHS: then no other is started, and the pages can be given up
+        before = worker("files")
+        os.kill(before, signal.SIGKILL)
+        wait_for(lambda before=before: worker("files") != before, "another worker, or none")
+    wait_for(lambda: worker("files") == server, "the end of that")
+    os.kill(server, signal.SIGTERM)
     wait_for(lambda: states(FILES) == ["inactive", "inactive", "failed"], "the end of all")
     assert not Path("/sys/block/nbd1/backend").exists()
     assert not os.path.ismount("/srv/files")

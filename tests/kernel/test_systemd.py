@@ -16,9 +16,9 @@ from tests.conftest import require
 from tests.kernel import systemd_root
 from tests.kernel.servers import zramd
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(640)]
 
-_LIMIT_S = 240
+_LIMIT_S = 420
 _SHUTDOWN_S = 30
 _CHECKS = re.findall(
     r"^def (test_\w+)", Path(__file__).with_name("in_systemd.py").read_text(), re.MULTILINE

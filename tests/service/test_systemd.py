@@ -10,7 +10,7 @@ import pytest
 
 from zramd import attributes
 from zramd.device import Zram
-from zramd.service.systemd import Manager, passed_sockets
+from zramd.service.systemd import Manager, passed
 
 MIB = 1 << 20
 
@@ -182,5 +182,5 @@ def test_the_variables_are_gone_once_the_sockets_are_taken(monkeypatch):
     monkeypatch.setenv("LISTEN_PID", "1")
     monkeypatch.setenv("LISTEN_FDS", "1")
     monkeypatch.setenv("LISTEN_FDNAMES", "nbd")
-    assert passed_sockets() == []
+    assert passed() == ([], None)
     assert not any(variable.startswith("LISTEN_") for variable in os.environ)

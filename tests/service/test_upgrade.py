@@ -153,19 +153,21 @@ def test_nothing_is_left_of_an_upgrade_in_the_processes_that_go_on(start):
     server = start()
     write(server)
     upgrades(server)
-    first = opened(server)
+    first = opened(server.process.pid)
+    assert "pipe" not in opened(server.worker)
+    links = [os.readlink(link) for link in Path(f"/proc/{server.worker}/fd").iterdir()]
+    sockets = [link for link in links if link.startswith("socket:")]
+    assert len(sockets) == len(set(sockets))  # or it has inherited what it is handed anyway
     for _ in range(2):
         upgrades(server)
-        wait_for(lambda: opened(server) == first)  # a client's connection ends a moment later
+        assert opened(server.process.pid) == first
     assert children(server.process.pid) == {server.worker}
 
 
-def opened(server: Server) -> list[list[str]]:
-    """What supervisor and worker have open, by kind."""
-    return [
-        sorted(os.readlink(link).partition(":")[0] for link in Path(f"/proc/{p}/fd").iterdir())
-        for p in (server.process.pid, server.worker)
-    ]
+def opened(process: int) -> list[str]:
+    """What it has open, by kind."""
+    links = Path(f"/proc/{process}/fd").iterdir()
+    return sorted(os.readlink(link).partition(":")[0] for link in links)
 
 
 def test_what_is_handed_over_leaves_the_environment(monkeypatch):
@@ -317,12 +319,34 @@ def test_a_server_that_is_told_to_end_meanwhile_ends(start, what, how):
     else:
         candidate = ask(server, what)
         wait_for((server.paths.dir.parent / "turn").exists)
+        # One that has always something to do has nobody else come to run on one processor.
+        wait_for(lambda: " S " in Path(f"/proc/{server.process.pid}/stat").read_text())
     assert server.end(how) == 0
     assert not lives(candidate)
     assert not server.paths.dir.exists()
     if what is SLEEPS_AS_CANDIDATE:
         thread.join()
         assert failed
+
+
+@pytest.mark.parametrize("when", ["loading", "at its turn", "serving"])
+def test_a_candidate_dies_with_its_supervisor(start, when):
+    server = start()
+    thread = None
+    if when == "loading":
+        thread, _failed = ask_beside(server, SLEEPS_AS_CANDIDATE)
+        (candidate,) = candidates(server)
+    elif when == "at its turn":
+        candidate = ask(server, SLEEPS_AT_ITS_TURN)
+        wait_for((server.paths.dir.parent / "turn").exists)
+    else:
+        candidate = ask(server, program())
+        wait_for(lambda: server.worker == candidate)
+    server.process.kill()
+    server.process.wait()
+    wait_for(lambda: not lives(candidate))
+    if thread is not None:
+        thread.join()
 
 
 def test_one_upgrade_at_a_time(start):

@@ -5,7 +5,7 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -18,6 +18,9 @@ from zramd.service.candidate import stand_by
 from zramd.service.config import Config
 from zramd.service.runtime import claim
 from zramd.service.supervisor import supervise
+
+_DYING_S: Final = 60.0
+"""A worker whose supervisor has died dies with it, as soon as its last request lets it."""
 
 
 @click.command()
@@ -59,9 +62,10 @@ def command(
         # The candidate has read the file, which has changed since. It has the pages to keep all
         # the same; the next worker will say what is wrong, and the last of them leaves them here.
         config = None
-    passed = systemd.passed_sockets()
+    passed = systemd.passed()
     # The claim comes first: who is refused has taken no memory.
-    with claim(name) if handed is None else handed.claimed(name) as held:
+    dying_s = 0 if passed.arena is None else _DYING_S
+    with claim(name, wait_s=dying_s) if handed is None else handed.claimed(name) as held:
         harden = config is None or config.use is not None
         if handed is not None and handed.role == "candidate":
             link = stand_by(handed, harden=harden)

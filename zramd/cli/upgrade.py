@@ -25,9 +25,9 @@ _POLL_S: Final = 0.02
 def command(name: str) -> None:
     """Have the zramd that is typed here serve the device NAME, without taking it down.
 
-    The pages, the sockets and the server's process id stay; swap and mounts see a pause of about a
-    second, other clients the end of their connection. If this zramd cannot take over, the old one
-    serves on.
+    The pages, the sockets and the server's process id stay; swap and mounts see a short pause,
+    other clients the end of their connection. If this zramd cannot take over, the old one serves
+    on.
     """
     paths = Paths(name)
     server, before = paths.server(), paths.worker()

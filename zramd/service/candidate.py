@@ -22,8 +22,8 @@ from typing import Final
 
 from zramd.service import hardening
 from zramd.service.handover import Handover
-from zramd.service.kept import ARENA
 from zramd.service.link import MESSAGE, OK, Link, die_with
+from zramd.service.systemd import ARENA
 from zramd.store import PAGE
 from zramd.store.header import Header
 from zramd.store.zcomp import Algorithm
@@ -60,7 +60,8 @@ class Candidate:
         try:
             self.process = os.fork()
         except OSError:
-            self.close()
+            self.socket.close()
+            self._close()
             raise
         finally:
             if os.getpid() == supervisor:
@@ -120,6 +121,7 @@ class Candidate:
         """Move 3: it is the worker now, and `socket` the link to it. Raises OSError."""
         message = OK + "".join(f"\0{name}" for name in kept).encode()
         socket.send_fds(self.socket, [message], list(kept.values()))
+        self._close()
 
     def give_up(self, reason: str) -> int:
         """End it, and say why; the process to be reaped, 0 where that is done: its end may have to
@@ -129,10 +131,10 @@ class Candidate:
         if not self.loaded:
             self._tell(reason.encode())
         self.socket.close()
-        self.close()
+        self._close()
         return self.process
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Have no more of it than `process` and `socket`."""
         os.close(self._said)
         self._asker.close()

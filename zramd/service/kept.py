@@ -2,7 +2,7 @@
 
 The arena is kept whatever comes, and so are the sockets that systemd has passed, as nobody could
 get them again; what a worker has made beside these is its successor's, and goes where there will be
-none for a while.
+none for a while. systemd keeps the arena too, should this process die.
 """
 
 import errno
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Final
 
 from zramd.service.runtime import Paths
+from zramd.service.systemd import ARENA, Store
 from zramd.store.arena import lock_in_memory
 from zramd.store.header import MAGIC
 
-ARENA: Final = "arena"
 PASSED: Final = "passed"
 """Before a number, the name of a socket that systemd has passed."""
 
@@ -25,6 +25,7 @@ class Kept:
     def __init__(self) -> None:
         self.descriptors: dict[str, int] = {}
         self._locked: dict[str, mmap.mmap] = {}
+        self._store = Store()
 
     @property
     def locked(self) -> list[str]:
@@ -35,6 +36,8 @@ class Kept:
         """In the place of what had that name."""
         self.drop(name)
         self.descriptors[name] = descriptor
+        if name == ARENA:
+            self._store.keep(name, descriptor)
 
     def lock(self, name: str) -> None:
         """It is memory, and is to stay there. Raises OSError."""
@@ -47,7 +50,11 @@ class Kept:
         if name in self._locked:
             self._locked.pop(name).close()
         if name in self.descriptors:
-            os.close(self.descriptors.pop(name))
+            descriptor = self.descriptors.pop(name)
+            if name == ARENA and not self._store.drop(name) and os.fstat(descriptor).st_nlink == 0:
+                # Who might be passed it some day must not take it for what the device holds.
+                os.pwrite(descriptor, bytes(len(MAGIC)), 0)
+            os.close(descriptor)
 
     def drop_what_workers_make(self) -> None:
         for name in list(self.descriptors):
@@ -79,6 +86,12 @@ def arena_kept_for(paths: Paths) -> int | None:
         os.close(found)
         return None
     return found
+
+
+def is_reserved(arena: int) -> bool:
+    """Whether all of its memory has been taken, to be kept."""
+    status = os.fstat(arena)
+    return 0 < status.st_size <= status.st_blocks * 512
 
 
 def one(descriptors: list[int]) -> int:

@@ -41,7 +41,6 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -51,14 +50,17 @@ from zramd.service import hardening, systemd
 from zramd.service.background import go_to_background
 from zramd.service.candidate import Candidate, how
 from zramd.service.handover import Handover
-from zramd.service.kept import ARENA, PASSED, Kept, one
+from zramd.service.kept import PASSED, Kept, is_reserved, one
 from zramd.service.link import OK, Link, die_with, receive
 from zramd.service.runtime import Claim
+from zramd.service.systemd import ARENA
 
 MOST_DEATHS: Final = 5
 DEATHS_S: Final = 60.0
 PAUSES_S: Final = (0.0, 0.2, 1.0, 5.0)
 """Before the first, second, ... worker that is started within DEATHS_S: what was wrong may pass."""
+
+_NOTHING: Final = systemd.Passed([], None)
 
 _ALIVE_S: Final = 10.0
 """How often the watchdog hears of us while there is no worker."""
@@ -74,19 +76,22 @@ def supervise(
     *,
     harden: bool = False,
     log: Path | None = None,
-    passed: Sequence[socket.socket] = (),
+    passed: systemd.Passed = _NOTHING,
     handed: Handover | None = None,
 ) -> Link:
     """Fork a worker, and return in it; again in each that comes after it.
 
     In the process that calls, this ends with SystemExit, with the worker's status. `harden`: what
     it serves must not wait for memory. `log`: with the first worker that is ready it goes to the
-    background, as that does by itself. `passed`: sockets that listen already, for each worker to
-    find as PASSED. `handed`: what another program has left that was the supervisor in this process.
+    background, as that does by itself. `passed`: sockets for each worker to find as PASSED, and
+    the arena of a server that has died, which is taken over. `handed`: what another program has
+    left that was the supervisor in this process.
     """
     supervisor = _Supervisor(held, harden, log)
-    for n, sock in enumerate(passed):
+    for n, sock in enumerate(passed.sockets):
         supervisor.kept.keep(f"{PASSED} {n}", sock.detach())
+    if passed.arena is not None:
+        supervisor.adopt(passed.arena)
     return supervisor.run(handed)
 
 
@@ -104,6 +109,7 @@ class _Supervisor:
         self._has_turn = False  # the candidate, which is the worker then, and not ready yet
         self._unreaped: set[int] = set()
         self._was_ready = False
+        self._adopted = False
         self._ending = False
         self._told: set[int] = set()
         self._to_say: list[str] = []
@@ -111,6 +117,14 @@ class _Supervisor:
         self._passed_on: set[int] = {signal.SIGTERM, signal.SIGINT}
         if os.isatty(0) or os.isatty(2):
             self._passed_on.add(signal.SIGHUP)
+
+    def adopt(self, arena: int) -> None:
+        """Go on with this one, whose server has died with its worker."""
+        self._adopted = True
+        self.kept.keep(ARENA, arena)
+        if is_reserved(arena):
+            self._keep_in_memory(ARENA)
+        self._to_say.append("the server has died: another has taken over its pages")
 
     def run(self, handed: Handover | None) -> Link:
         if self._harden:
@@ -182,7 +196,7 @@ class _Supervisor:
         ours.close()
         self.kept.is_a_workers()
         self._held.disown()
-        return Link(theirs, self.kept.descriptors, self._missing, self._was_ready)
+        return Link(theirs, self.kept.descriptors, self._missing, self._was_ready or self._adopted)
 
     def _attend(self) -> int:
         """Serve the worker until it has ended; its exit code, negative for a signal."""
@@ -208,7 +222,7 @@ class _Supervisor:
         if asks:
             poll.register(self._socket, select.POLLIN)
         within_ms = None
-        if self._candidate is not None:
+        if self._candidate is not None and not self._has_turn:
             for descriptor in self._candidate.sources - {self._socket.fileno()}:
                 poll.register(descriptor, select.POLLIN)
             left = self._candidate.deadline - time.monotonic()
@@ -301,9 +315,7 @@ class _Supervisor:
 
     def _give_candidate_up(self, reason: str) -> None:
         candidate, self._candidate = self._candidate, None
-        if self._has_turn and candidate is not None:
-            candidate.close()
-        elif candidate is not None:
+        if candidate is not None and not self._has_turn:
             self._unreaped.add(candidate.give_up(reason))
         self._has_turn = False
 
@@ -349,16 +361,19 @@ class _Supervisor:
         for name, descriptor in handed.descriptors.items():
             self.kept.keep(name, descriptor)
             if name in handed.locked:
-                try:
-                    self.kept.lock(name)
-                except OSError as error:  # the worker has it locked, while there is one
-                    _log.warning("the %s cannot be kept in memory: %s", name, error.strerror)
+                self._keep_in_memory(name)
         self._worker, self._socket = handed.worker, socket.socket(fileno=handed.link)
         self._told |= set(handed.told)
         self._deaths.extend(handed.deaths)
         self._to_say.append(f"zramd {__version__} has taken over from zramd {handed.version}")
         self._begin()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
+
+    def _keep_in_memory(self, name: str) -> None:
+        try:
+            self.kept.lock(name)
+        except OSError as error:  # the worker has it locked, while there is one
+            self._to_say.append(f"the {name} cannot be kept in memory here: {error.strerror}")
 
     def _say_it(self) -> None:
         for line in self._to_say:

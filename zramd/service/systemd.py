@@ -1,20 +1,25 @@
-"""systemd's side of a server: the sockets it passes (sd_listen_fds(3)), and what it is told
-(sd_notify(3)). Without systemd, all of this is nothing.
+"""systemd's side of a server: what it passes (sd_listen_fds(3)), what it is told (sd_notify(3)),
+and what it keeps for us, should we die (FDSTORE). Without systemd, all of this is nothing.
 
 Nothing here ever waits for systemd, whose memory may lie on our swap: what it cannot take now is
 told the next time.
 """
 
+import array
 import asyncio
 import logging
 import os
 import socket
-from typing import Final
+import stat
+from typing import Final, NamedTuple
 
 from zramd import sizes
 from zramd.device import Zram
 from zramd.errors import BadValue
 from zramd.statistics import Statistics
+
+ARENA: Final = "arena"
+"""The name of what systemd keeps."""
 
 _FIRST_DESCRIPTOR: Final = 3
 _STATUS_S: Final = 5.0
@@ -23,31 +28,47 @@ _FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _log = logging.getLogger(__name__)
 
 
-def passed_sockets() -> list[socket.socket]:
-    """The listening sockets that we were started with; nobody that we start takes them for his.
+class Passed(NamedTuple):
+    """What we were started with."""
 
-    Raises BadValue for a descriptor that is something else.
-    """
+    sockets: list[socket.socket]
+    """They listen."""
+    arena: int | None
+    """The descriptor that a server of this unit, which has died, has had stored as ARENA."""
+
+
+def passed() -> Passed:
+    """Nobody that we start takes it for his. Raises BadValue for a descriptor of another kind."""
     pid, count, names = (
         os.environ.pop(variable, "") for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     )
     if pid != str(os.getpid()):
-        return []
+        return Passed([], None)
     if not count.isdecimal():
         raise BadValue(f"LISTEN_FDS is {count!r}, and not a number")
-    sockets = []
+    sockets, arena = [], None
     for index in range(int(count)):
         descriptor = _FIRST_DESCRIPTOR + index
+        name = names.split(":")[index] if index < len(names.split(":")) else ""
         listening = _listening(descriptor)
-        if listening is None:
-            name = names.split(":")[index] if index < len(names.split(":")) else ""
+        if listening is not None:
+            sockets.append(listening)
+        elif name == ARENA and _is_file(descriptor):
+            arena = descriptor
+        else:
             raise BadValue(
                 f"descriptor {descriptor} ({name or 'without a name'}) of LISTEN_FDS is no stream"
                 " socket that listens",
                 hint="its .socket unit needs ListenStream= and Accept=no",
             )
-        sockets.append(listening)
-    return sockets
+    return Passed(sockets, arena)
+
+
+def _is_file(descriptor: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
 
 
 def _listening(descriptor: int) -> socket.socket | None:
@@ -63,12 +84,53 @@ def _listening(descriptor: int) -> socket.socket | None:
     return None
 
 
+class Store:
+    """The descriptors that systemd keeps for us, by name, and passes to whom it starts after our
+    death: as many as FileDescriptorStoreMax= says, and none where the unit does not say so."""
+
+    def __init__(self) -> None:
+        self._address = _address()
+        self._failed = False
+
+    def keep(self, name: str, descriptor: int) -> None:
+        """One that cannot be taken now is not kept; the log says so once."""
+        # FDPOLL=0: or it would be dropped as soon as it reports an error.
+        self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [descriptor])
+
+    def drop(self, name: str) -> bool:
+        """Whether it is gone."""
+        return self._send(f"FDSTOREREMOVE=1\nFDNAME={name}", [])
+
+    def _send(self, message: str, descriptors: list[int]) -> bool:
+        if not self._address:
+            return True
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendmsg(
+                    [message.encode()],
+                    rights if descriptors else [],
+                    socket.MSG_DONTWAIT,
+                    self._address,
+                )
+        except OSError as error:
+            if not self._failed:
+                _log.warning("should this process die, its pages do too: %s", error.strerror)
+            self._failed = True
+            return False
+        return True
+
+
+def _address() -> str:
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    return "\0" + address[1:] if address.startswith("@") else address
+
+
 class Manager:
     """Who set NOTIFY_SOCKET."""
 
     def __init__(self) -> None:
-        address = os.environ.get("NOTIFY_SOCKET", "")
-        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._address = _address()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.note = ""
         """What is told behind what the device holds."""

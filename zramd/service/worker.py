@@ -40,9 +40,10 @@ from zramd.nbd.server import THREADS, Server, address_of
 from zramd.service import hardening, systemd
 from zramd.service.background import go_to_background
 from zramd.service.config import Config
-from zramd.service.kept import ARENA, PASSED
+from zramd.service.kept import PASSED, is_reserved
 from zramd.service.link import Link
 from zramd.service.runtime import Paths
+from zramd.service.systemd import ARENA
 from zramd.service.upkeep import upkeep
 from zramd.store import PAGE
 from zramd.store.zcomp import Algorithm
@@ -173,9 +174,7 @@ def _hand_over(link: Link, descriptor: int | None) -> None:
     if descriptor is None:
         link.drop(ARENA)
     else:
-        arena = os.fstat(descriptor)
-        is_reserved = arena.st_blocks * 512 >= arena.st_size
-        link.keep(ARENA, descriptor, lock=is_reserved)
+        link.keep(ARENA, descriptor, lock=is_reserved(descriptor))
 
 
 def _take_over(zram: Zram, link: Link) -> None:
