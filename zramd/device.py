@@ -36,6 +36,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -56,6 +57,15 @@ DEFAULT_ALGORITHM: Final = Algorithm("lz4")
 """lz4 costs a third of zstd's time per page; people who want the ratio say so."""
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an init goes by, until a reset brings the defaults back."""
+
+    algorithm: str = str(DEFAULT_ALGORITHM)
+    mem_limit: int = 0
+    prealloc: bool = False
+
+
 class Zram:
     """A device called `name`, not initialised. Any number of threads may call. `path`: its arenas
     are kept in this file of the user's, and not in memory."""
@@ -71,6 +81,9 @@ class Zram:
         it to outlive this process, and by a reset with None, when the arena is freed. It must not
         call the device. What it raises in `init` ends that, the device as it was; in a reset it
         must not raise."""
+        self.on_settings: Callable[[Settings], None] = lambda _: None
+        """Called with what the next init will go by, when that has changed, and by a reset before
+        `on_arena` is. As that, it must not call the device; nor may it raise."""
         self._gate = Gate()
         self._reset_lock = threading.Lock()  # held by the one who resets
         self._init_lock = threading.Lock()  # protects initialisation: meta, algorithm, limit
@@ -267,6 +280,7 @@ class Zram:
                 meta.close(keep=keep)
             finally:
                 heap.trim()
+                self._tell_settings_locked()
                 self.on_arena(None)
         return closed
 
@@ -426,6 +440,7 @@ class Zram:
         with self._init_lock:
             self._must_not_be_initialised(attribute)
             self._algorithm = change(self._algorithm)
+            self._tell_settings_locked()
 
     @property
     def prealloc(self) -> bool:
@@ -437,6 +452,7 @@ class Zram:
         with self._init_lock:
             self._must_not_be_initialised("prealloc")
             self._prealloc = prealloc
+            self._tell_settings_locked()
 
     def _must_not_be_initialised(self, attribute: str) -> None:
         if self._meta is not None:
@@ -460,6 +476,11 @@ class Zram:
                     )
                 self._meta.arena.limit = limit
             self._mem_limit = limit
+            if self._meta is None:
+                self._tell_settings_locked()
+
+    def _tell_settings_locked(self) -> None:
+        self.on_settings(Settings(str(self._algorithm), self._mem_limit, self._prealloc))
 
     def forget_used_max(self) -> None:
         """Let the peak of what is used be what is used now."""

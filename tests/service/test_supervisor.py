@@ -101,6 +101,29 @@ def test_what_was_reset_stays_reset_and_what_is_made_then_survives(start):
         assert control.statistics().disksize == 8 * MIB
 
 
+def test_what_was_set_since_a_reset_survives(start):
+    server = start("--disksize=64M", "--algorithm=zstd", "--mem-limit=32M")
+    with server.control() as control:
+        control.reset()
+        control.set("comp_algorithm", "lz4hc(level=3)")
+        control.set("mem_limit", "9M")
+        control.set("prealloc", "1")
+    for _ in range(2):
+        server.kill_worker()
+    with server.control() as control:
+        control.set("disksize", "16M")
+        now = control.statistics()
+        assert (now.algorithm, now.mem_limit) == ("lz4hc(level=3)", 9 * MIB)
+        assert now.mem_reserved > 0
+        control.reset()
+    server.kill_worker()
+    with server.control() as control:
+        assert control.get("prealloc") == "0"
+        control.set("disksize", "16M")
+        now = control.statistics()
+        assert (now.algorithm, now.mem_limit) == ("lz4", 0)
+
+
 def test_a_reserved_arena_is_locked_by_the_supervisor_too_while_it_is_there(start):
     server = start("--disksize=64M", "--mem-limit=16M", "--prealloc")
     assert _locked(server.process.pid) >= 15 * 1024

@@ -17,6 +17,8 @@ from zramd.service.systemd import ARENA, Store
 from zramd.store.arena import lock_in_memory
 from zramd.store.header import MAGIC
 
+SETTINGS: Final = "settings"
+"""The name of what the next init is to go by, where there is no arena to tell it."""
 PASSED: Final = "passed"
 """Before a number, the name of a socket that systemd has passed."""
 
@@ -58,7 +60,7 @@ class Kept:
 
     def drop_what_workers_make(self) -> None:
         for name in list(self.descriptors):
-            if name != ARENA and not name.startswith(f"{PASSED} "):
+            if name not in (ARENA, SETTINGS) and not name.startswith(f"{PASSED} "):
                 self.drop(name)
 
     def is_a_workers(self) -> None:

@@ -17,6 +17,7 @@ it. SIGINT ends any server at once. `zramd down` is the end that asks first.
 """
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -26,21 +27,21 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from zramd import heap, sizes
 from zramd.control.server import ControlServer
-from zramd.device import Zram
+from zramd.device import Settings, Zram
 from zramd.errors import BadArena, BadValue, NotHardened, ServerFailed
 from zramd.nbd.address import UnixAddress
 from zramd.nbd.server import THREADS, Server, address_of
 from zramd.service import hardening, systemd
 from zramd.service.background import go_to_background
 from zramd.service.config import Config
-from zramd.service.kept import PASSED, is_reserved
+from zramd.service.kept import PASSED, SETTINGS, is_reserved
 from zramd.service.link import Link
 from zramd.service.runtime import Paths
 from zramd.service.systemd import ARENA
@@ -96,6 +97,7 @@ def build(
     if link is not None:
         link.take_turn()
         zram.on_arena = partial(_hand_over, link)
+        zram.on_settings = partial(_hand_settings_over, link)
         if takes_over:
             _take_over(zram, link)
             return zram, []
@@ -122,12 +124,8 @@ def _make(zram: Zram, config: Config) -> None:
             f"{config.arena} is not there, and nothing says how large to make it",
             hint="give it a --disksize",
         )
-    if config.comp_algorithm is not None:
-        algorithm = Algorithm.parse(config.comp_algorithm)
-        zram.choose("comp_algorithm", lambda _: algorithm)
-    if config.mem_limit is not None:
-        zram.limit(config.mem_limit)
-    zram.prealloc = config.reserves
+    algorithm = config.comp_algorithm or Settings().algorithm
+    _set(zram, Settings(algorithm, config.mem_limit or 0, config.reserves))
     zram.init(config.disksize)
 
 
@@ -177,10 +175,30 @@ def _hand_over(link: Link, descriptor: int | None) -> None:
         link.keep(ARENA, descriptor, lock=is_reserved(descriptor))
 
 
+def _hand_settings_over(link: Link, settings: Settings) -> None:
+    """The supervisor keeps what no arena tells."""
+    with open(os.memfd_create("zramd-settings", os.MFD_CLOEXEC), "wb") as file:
+        file.write(json.dumps(asdict(settings)).encode())
+        file.flush()
+        link.keep(SETTINGS, file.fileno())
+
+
+def _set(zram: Zram, settings: Settings) -> None:
+    algorithm = Algorithm.parse(settings.algorithm)
+    zram.choose("comp_algorithm", lambda _: algorithm)
+    zram.limit(settings.mem_limit)
+    zram.prealloc = settings.prealloc
+
+
 def _take_over(zram: Zram, link: Link) -> None:
     """The device as a predecessor left it."""
     descriptor = link.kept.pop(ARENA, None)
     if descriptor is None:  # it had been reset
+        settings = link.kept.pop(SETTINGS, None)
+        if settings is not None:
+            with open(settings, "rb") as file:
+                file.seek(0)  # who wrote it has moved on
+                _set(zram, Settings(**json.load(file)))
         return
     _to_say.extend(_lost(zram, zram.adopt(descriptor)))
 
