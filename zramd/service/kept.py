@@ -70,9 +70,11 @@ class Kept:
 
 
 def arena_kept_for(paths: Paths) -> int | None:
-    """A descriptor of the arena that the server of this device keeps, from another process; None
-    where it runs no more, has none, or is not ours to look at."""
+    """A descriptor of the arena that the server of this device keeps while it has no worker, from
+    another process; None where it runs no more, has none, or is not ours to look at."""
     found, holds_the_claim = None, False
+    if not paths.rests():
+        return None
     try:
         for entry in Path(f"/proc/{paths.server()}/fd").iterdir():
             holds_the_claim |= os.readlink(entry) == os.fspath(paths.lock)

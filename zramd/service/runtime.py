@@ -92,7 +92,8 @@ class Paths:
 
     @property
     def lock(self) -> Path:
-        """Holds the server's process id, and that of its worker where there is one, a line each."""
+        """Holds the server's process id, and that of its worker where it has one, a line each; 0
+        where it will have none."""
         return self.dir / "lock"
 
     def server(self) -> int:
@@ -101,7 +102,11 @@ class Paths:
 
     def worker(self) -> int:
         """The process that does the I/O: the server's worker, or the server itself."""
-        return self._processes()[:2][-1]
+        return self._processes()[:2][-1] or self.server()
+
+    def rests(self) -> bool:
+        """Whether the server keeps pages, and starts no worker for them any more."""
+        return self._processes()[1:] == [0]
 
     def _processes(self) -> list[int]:
         try:
@@ -156,7 +161,8 @@ class Claim:
         self._write(b"%d\n" % os.getpid())
 
     def serve_by(self, worker: int) -> None:
-        """Write down, beside the holder, which process does the I/O where that is another."""
+        """Write down, beside the holder, which process does the I/O where that is another; 0 where
+        none does."""
         self._write(b"%d\n%d\n" % (os.getpid(), worker))
 
     def _write(self, text: bytes) -> None:

@@ -401,7 +401,7 @@ class _Supervisor:
     def _rest(self, how: str) -> None:
         """Move 4. Returns when it is to begin again."""
         self.kept.drop_what_workers_make()
-        self._held.adopt()
+        self._held.serve_by(0)
         self._say_it()
         _log.error(
             "the worker %s, the last of %d within %d s: no other is started, its pages are kept;"
