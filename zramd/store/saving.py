@@ -39,7 +39,8 @@ class Saving:
         self._arena = arena
         self._pool = pool
         self._header = b""
-        self._todo = bytearray()  # 1 for a table page of the moment that is not copied yet
+        self._of_the_moment = b""  # 1 for a table page that was occupied
+        self._todo = bytearray()  # 1 for one of these that is not copied yet
         self._copies: dict[int, bytes] = {}
         self._progress = threading.Condition()
         self._ended = False
@@ -52,7 +53,8 @@ class Saving:
             for lock in slot_locks:
                 locked.enter_context(lock)
             self._header = self._arena.map[:PAGE]
-            self._todo[:] = self._arena.table_pages.occupied
+            self._of_the_moment = bytes(self._arena.table_pages.occupied)
+            self._todo[:] = self._of_the_moment
             self._pool.hold()
             publish()
 
@@ -72,14 +74,13 @@ class Saving:
         it. Raises SaveFailed."""
         file = _File(fd)
         file.add(0, SNAPSHOT_MAGIC + self._header[len(SNAPSHOT_MAGIC) :])
-        of_the_moment = bytes(self._todo)
-        page = of_the_moment.find(1)
+        page = self._of_the_moment.find(1)
         while page >= 0:
             with slot_locks[page % len(slot_locks)]:
                 block = self._take_locked(page) if self._todo[page] else self._copies.pop(page)
             file.add((1 + page) * PAGE, block)
             checkpoint()
-            page = of_the_moment.find(1, page + 1)
+            page = self._of_the_moment.find(1, page + 1)
         arena, pool = self._arena, self._pool
         for page in arena.map_pages.pages():
             at = arena.header.map_at + page * PAGE
