@@ -323,8 +323,9 @@ class Pages:
     def _store_locked(self, start: int, olds: list[int], news: list[int]) -> None:
         """Replace words, each by one store. Interrupted (Ctrl-C), all are the old ones."""
         table = self.arena.table
-        if self._saving is not None:
-            self._saving.keep(start // SLOTS_PER_TABLE_PAGE)
+        saving = self._saving  # may end meanwhile
+        if saving is not None:
+            saving.keep(start // SLOTS_PER_TABLE_PAGE)
         try:
             for slot, word in enumerate(news, start):
                 table[slot] = word
