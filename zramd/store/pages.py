@@ -112,6 +112,7 @@ class Pages:
         and the write that has waited for it."""
         self._full = False  # no empty slot is filled any more
         self._compaction = threading.Lock()  # before the slot locks; held by the one who compacts
+        self._one_save = threading.Lock()  # held by the one who saves
         self._saving: Saving | None = None  # set under all slot locks
         self._count_lock = threading.Lock()  # leaf lock; protects counters
         self._slot_locks = [threading.Lock() for _ in range(_STRIPES)]
@@ -446,22 +447,22 @@ class Pages:
     def save(self, fd: int) -> None:
         """Write a snapshot to the file `fd`, from its beginning on, while others go on. Raises
         DeviceBusy when there is one under way, SaveFailed, and what `checkpoint` raises."""
+        if not self._one_save.acquire(blocking=False):
+            raise DeviceBusy(
+                "a snapshot is being made already", hint="try again when that has ended"
+            )
         saving = Saving(self.arena, self.pool)
 
-        def publish() -> None:
-            self._saving = saving
+        def publish(now: Saving | None) -> None:
+            self._saving = now
 
-        with self._compaction:
-            if self._saving is not None:
-                raise DeviceBusy(
-                    "a snapshot is being made already", hint="try again when that has ended"
-                )
-            saving.begin(self._slot_locks, publish)
         try:
+            with self._compaction:
+                saving.begin(self._slot_locks, publish)
             saving.write_to(fd, self._slot_locks, self.checkpoint)
         finally:
-            self._saving = None
-            saving.end()
+            saving.end(publish)
+            self._one_save.release()
 
     # Discarding
 

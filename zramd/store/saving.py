@@ -47,7 +47,9 @@ class Saving:
         self.let_go = 0
         """How often something was let go; who waits for more looks here before he finds no room."""
 
-    def begin(self, slot_locks: Sequence[threading.Lock], publish: Callable[[], None]) -> None:
+    def begin(
+        self, slot_locks: Sequence[threading.Lock], publish: Callable[["Saving"], None]
+    ) -> None:
         """Move 1. `publish` has whoever changes a table page call `keep` from now on."""
         with ExitStack() as locked:
             for lock in slot_locks:
@@ -56,7 +58,7 @@ class Saving:
             self._of_the_moment = bytes(self._arena.table_pages.occupied)
             self._todo[:] = self._of_the_moment
             self._pool.hold()
-            publish()
+            publish(self)
 
     def keep(self, page: int) -> None:
         """A table page is about to change; the caller holds its slot lock."""
@@ -95,9 +97,11 @@ class Saving:
             checkpoint()
         file.end()
 
-    def end(self) -> None:
-        """Hold nothing any more."""
+    def end(self, publish: Callable[[None], None]) -> None:
+        """Hold nothing any more. Who finds no room and sees no snapshot is refused, so that there
+        is none is published after that; who waits looks again, so before he is told."""
         self._pool.let_all_go()
+        publish(None)
         self._tell(ended=True)
 
     def _tell(self, *, ended: bool = False) -> None:
