@@ -434,7 +434,7 @@ class Pages:
 
     def _check_full(self, start: int, stop: int) -> None:
         """Raise StoreFull where that is clear before anything is compressed (promise 5)."""
-        if self._full:
+        if self._full and self._saving is None:  # what a snapshot holds may be room
             self._full = self._is_full()
             if self._full and not all(self._words(start, stop) or [0]):
                 raise self.arena.full()
