@@ -419,17 +419,22 @@ class Pool:
     def held(self, most: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of the spans that are held, ascending, neighbours merged up to `most`
         bytes; new ones in the place of some that were gone by then may be among them."""
-        start = stop = 0
-        for index in self._held:
-            span = self.spans.get(index)
-            if span is not None:
-                if span.base != stop or stop - start >= most:
-                    if stop:
-                        yield start, stop
-                    start = span.base
-                stop = span.base + span.opened
-        if stop:
-            yield start, stop
+        index, end = self._held.start, self._held.stop
+        while index < end:
+            start = stop = 0
+            # A take that is refused gives back what it has opened: a look at that would fill a hole
+            # of the mapping, behind the account's back. With the lock it is not seen.
+            with self._lock:
+                while index < end and stop - start < most:
+                    span = self.spans.get(index)
+                    if span is not None:
+                        if start and span.base != stop:
+                            break
+                        start = start or span.base
+                        stop = span.base + span.opened
+                    index += 1
+            if start:
+                yield start, stop
 
     def let_go(self, stop: int) -> int:
         """Hold no span that begins before this address; how many objects that lets go."""
