@@ -62,16 +62,15 @@ from zramd.store.header import (
     FIGURES,
     FIGURES_AT,
     MAGIC,
+    MAX_DISKSIZE,
     MEM_LIMIT,
     USED_MAX,
     Header,
     figure,
     map_at,
+    most_spans,
     round_up,
 )
-
-MAX_DISKSIZE: Final = 4 << 40
-"""16 times this is taken as address space, half of what x86-64 and arm64 give a process."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _off_t: Final = ctypes.c_int64
@@ -105,16 +104,14 @@ class Arena:
                 f"a disksize of {human(disksize)} is too large",
                 hint=f"the largest device is {human(MAX_DISKSIZE)}",
             )
-        # Every live object can come to sit alone in its span, so as many spans as slots are
-        # enough for any history; the slack is for objects that replace others, in flight.
-        spans = disksize // PAGE + 4096
+        spans = most_spans(disksize)
         if reserve:
             # What is stored raw, all of it, and a span that every class has begun.
             spans = min(-(-disksize // SPAN) + 128, reserved_spans(disksize, limit))
         header = Header(disksize, spans, limit if reserve else 0, algorithm)
         self._plan(header)
         if reserve:
-            _must_be_available(self.size)
+            must_be_available(self.size)
         self._path = path
         self.fd = create(path)  # last of what can fail alone: from here on there is much to undo
         self._map(new=True)
@@ -384,7 +381,7 @@ def reserved_spans(disksize: int, limit: int) -> int:
     return spans
 
 
-def _must_be_available(size: int) -> None:
+def must_be_available(size: int) -> None:
     """NoMemory where the machine has less: taking it would have programs killed."""
     try:
         found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)

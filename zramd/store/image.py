@@ -36,7 +36,7 @@ from xxhash import xxh3_64_intdigest
 
 from zramd.errors import BadArena, BadValue, DeviceBusy, NoMemory, SaveFailed
 from zramd.store import PAGE
-from zramd.store.arena import Arena, boot, create, data_from
+from zramd.store.arena import Arena, boot, create, data_from, must_be_available
 from zramd.store.header import BOOT_AT, BOOT_SIZE, MAGIC, SNAPSHOT_MAGIC, Header
 from zramd.store.zcomp import Algorithm, Buffer
 
@@ -80,7 +80,7 @@ def _entries(fd: int, what: str) -> tuple[list[Entry], int]:
             hint="take another copy of it",
         )
     position, count, checksum, _ = _END.unpack(end)
-    if position + count * _ENTRY.size + _END.size != size:
+    if position + count * _ENTRY.size + _END.size != size or count * PAGE > position:
         raise BadArena(f"the {what} is damaged: its index and its size do not go together")
     packed = os.pread(fd, count * _ENTRY.size, position)
     if _of_index(packed, position, count) != checksum:
@@ -89,6 +89,11 @@ def _entries(fd: int, what: str) -> tuple[list[Entry], int]:
 
 
 def _of_index(entries: bytes, position: int, count: int) -> int:
+def _must_be_file(fd: int, what: str) -> None:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise BadArena(f"this is no {what} of zramd: it is no file")
+
+
     """The checksum of an index."""
     return xxh3_64_intdigest(entries + _END.pack(position, count, 0, _END_MAGIC))
 
@@ -116,11 +121,16 @@ def unpack(fd: int, path: Path | None = None) -> int:
     """
     what = "snapshot"
     header = Header.of(os.pread(fd, PAGE, 0), SNAPSHOT_MAGIC)
+    _must_be_file(fd, what)
     entries, position = _entries(fd, what)
     _check_layout(entries, header, what)
     if sum(length for _, length, _ in entries) != position:
         raise BadArena(f"the {what} is damaged: its index and its size do not go together")
     arena = create(path)
+    if header.reserved_limit:
+        must_be_available(header.size)
+    elif path is None:
+        must_be_available(position)
     try:
         os.ftruncate(arena, header.size)
         os.lseek(fd, 0, os.SEEK_SET)
@@ -204,8 +214,7 @@ def _lock(fd: int, path: Path, wait_s: float) -> None:
 
 def _check(fd: int) -> None:
     """That all of the file, sealed or open, can be taken for good."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise BadArena("this is no arena of zramd: it is no file")
+    _must_be_file(fd, "arena")
     first = os.pread(fd, PAGE, 0)
     size = os.fstat(fd).st_size
     header = Header.unpack(first, size, more=True)
@@ -221,6 +230,8 @@ def _check(fd: int) -> None:
         )
 
 
+    if header.reserved_limit:
+        must_be_available(header.size)
 def _check_sealed(fd: int, header: Header) -> None:
     what = "arena"
     entries, position = _entries(fd, what)
