@@ -176,8 +176,9 @@ class Arena:
                 pass  # a kernel without huge pages
             if new:
                 self.punch(0, PAGE)  # see that memory goes back
+                self.back(0, PAGE)
             if self.reserved:
-                self._back(0, self.size)
+                self.back(0, self.size)
                 self.hold()
         except (NoMemory, StoreFull) as error:
             self._drop(new=new)
@@ -256,12 +257,12 @@ class Arena:
             used = self.used + size
             if self._limit and used > self._limit:
                 raise self.full()
-            self._back(offset, size)
+            self.back(offset, size)
             self.used = used
             if used > self._used_max:
                 self.used_max = used
 
-    def _back(self, offset: int, size: int) -> None:
+    def back(self, offset: int, size: int) -> None:
         """Have disk for this part of a file of the user's. Raises StoreFull."""
         if self._path is None:
             return
