@@ -229,9 +229,9 @@ class Arena:
         """Undo what has been made so far."""
         if hasattr(self, "map"):
             self.map.close()
-        os.close(self.fd)
         if self._path is not None and new:
-            self._path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)  # before the lock goes: then it may be another's
+        os.close(self.fd)
 
     def hold(self) -> None:
         """Have every page of a reserved arena in memory, and keep it there; again after a fork,
@@ -401,7 +401,7 @@ def create(path: Path | None = None) -> int:
         if path is None:
             return os.memfd_create("zramd-arena", os.MFD_CLOEXEC)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX)  # who has just found it lets go: there is nothing in it
         return fd
     except FileExistsError as error:
         raise BadValue(

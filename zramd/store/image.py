@@ -29,6 +29,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -88,12 +89,12 @@ def _entries(fd: int, what: str) -> tuple[list[Entry], int]:
     return list(_ENTRY.iter_unpack(packed)), position
 
 
-def _of_index(entries: bytes, position: int, count: int) -> int:
 def _must_be_file(fd: int, what: str) -> None:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise BadArena(f"this is no {what} of zramd: it is no file")
 
 
+def _of_index(entries: bytes, position: int, count: int) -> int:
     """The checksum of an index."""
     return xxh3_64_intdigest(entries + _END.pack(position, count, 0, _END_MAGIC))
 
@@ -120,17 +121,17 @@ def unpack(fd: int, path: Path | None = None) -> int:
     there is such a file, and NoMemory.
     """
     what = "snapshot"
-    header = Header.of(os.pread(fd, PAGE, 0), SNAPSHOT_MAGIC)
     _must_be_file(fd, what)
+    header = Header.of(os.pread(fd, PAGE, 0), SNAPSHOT_MAGIC)
     entries, position = _entries(fd, what)
     _check_layout(entries, header, what)
     if sum(length for _, length, _ in entries) != position:
         raise BadArena(f"the {what} is damaged: its index and its size do not go together")
-    arena = create(path)
     if header.reserved_limit:
         must_be_available(header.size)
     elif path is None:
         must_be_available(position)
+    arena = create(path)
     try:
         os.ftruncate(arena, header.size)
         os.lseek(fd, 0, os.SEEK_SET)
@@ -182,19 +183,29 @@ def find(path: Path, wait_s: float = 0) -> int | None:
     Waits so long for another process that uses it to end. Raises DeviceBusy where it does not, and
     BadValue where the file cannot be opened or its algorithm is not known here.
     """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise BadValue(f"{path} cannot be opened: {error.strerror}") from error
-    try:
-        _lock(fd, path, wait_s)
-        _check(fd)
-    except BaseException:
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise BadValue(f"{path} cannot be opened: {error.strerror}") from error
+        try:
+            _lock(fd, path, wait_s)
+            if _stands_at(path, fd):
+                _check(fd)
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
-        raise
-    return fd
+
+
+def _stands_at(path: Path, fd: int) -> bool:
+    """Whether this is the file's path still: who had it locked may have removed it meanwhile."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    return False
 
 
 def _lock(fd: int, path: Path, wait_s: float) -> None:
@@ -219,6 +230,8 @@ def _check(fd: int) -> None:
     size = os.fstat(fd).st_size
     header = Header.unpack(first, size, more=True)
     Algorithm.parse(header.algorithm)
+    if header.reserved_limit:
+        must_be_available(header.size)
     # What was killed while it sealed has left a beginning of an index, and is open.
     if size > header.size and os.pread(fd, PAGE, size - len(_END_MAGIC)) == _END_MAGIC:
         _check_sealed(fd, header)
@@ -230,8 +243,6 @@ def _check(fd: int) -> None:
         )
 
 
-    if header.reserved_limit:
-        must_be_available(header.size)
 def _check_sealed(fd: int, header: Header) -> None:
     what = "arena"
     entries, position = _entries(fd, what)
