@@ -36,9 +36,10 @@ def whole(pages: Pages) -> bytes:
     return pages.read(0, pages.arena.slots * PAGE)
 
 
-def clone(fd: int) -> int:
-    """A copy of an arena, holes and all."""
-    copy = os.memfd_create("zramd-arena")
+def clone(fd: int, copy: int | None = None) -> int:
+    """A copy of an arena, holes and all; in this file, which is empty, or a new one in memory."""
+    if copy is None:
+        copy = os.memfd_create("zramd-arena")
     size = os.fstat(fd).st_size
     os.ftruncate(copy, size)
     at = 0
