@@ -44,6 +44,7 @@ from tests.store.test_pages_model import ALGORITHMS
 from zramd.device import Zram
 from zramd.errors import BadArena, BadValue, DeviceBusy, NoMemory, SaveFailed, StoreFull, ZramdError
 from zramd.store import PAGE, SPAN
+from zramd.store.arena import Arena
 from zramd.store.header import BOOT_AT, BOOT_SIZE, SNAPSHOT_MAGIC, Header
 from zramd.store.image import Index
 from zramd.store.pages import Counters, Pages
@@ -538,7 +539,13 @@ ABSURD: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("said", ABSURD)
-def test_a_header_with_absurd_figures_is_refused_though_all_checksums_be_right(snapshot, said):
+def test_a_header_with_absurd_figures_is_refused_though_all_checksums_be_right(
+    snapshot, said, monkeypatch
+):
+    def hold(arena: Arena) -> None:  # it would take all memory of the machine
+        raise AssertionError(f"{arena.size} bytes are reserved")
+
+    monkeypatch.setattr(Arena, "hold", hold)
     (_, first), *others = blocks_of(snapshot)
     kind = NoMemory if "than there is" in said else BadArena
     snapshot_refused(packed([(0, with_fields(first, **ABSURD[said])), *others]), kind)
