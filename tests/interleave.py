@@ -7,8 +7,8 @@ is (who begins, after how many steps to switch, after how many to switch back); 
 until it ends or waits for the other. All schedules are tried, so what two stops can break, breaks
 every time.
 
-`Event` and `Lock` take the place of threading's inside the code under test: who waits for one
-hands over, and two that wait for each other are a deadlock.
+`Event`, `Lock` and `Condition` take the place of threading's inside the code under test: who waits
+for one hands over, and two that wait for each other are a deadlock.
 """
 
 import dis
@@ -143,6 +143,16 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.held = False
+
+
+class Condition(Lock):
+    def wait_for(self, fact: Callable[[], bool], _timeout: float | None = None) -> None:
+        self.held = False
+        _here.run.wait(_here.me, lambda: fact() and not self.held)
+        self.held = True
+
+    def notify_all(self) -> None:
+        """Who waits looks again whenever it is his turn."""
 
 
 def explore(

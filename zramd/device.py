@@ -72,7 +72,7 @@ class Zram:
 
     def __init__(self, name: str, path: Path | None = None) -> None:
         self.name = name
-        self._path = path
+        self._path = None if path is None else Path(os.path.realpath(path))
         self.on_reset: list[Callable[[], None]] = []
         """Called by a reset that has closed openers when all is freed, in its thread, before anyone
         can open the device again. They must not block, and not call the device."""
@@ -191,16 +191,20 @@ class Zram:
                 os.close(arena)
                 raise
 
-    def _adopt_locked(self, fd: int, tell: Callable[[int], None]) -> list[int]:
+    def _adopt_locked(self, fd: int, tell: Callable[[int | None], None]) -> list[int]:
         """`tell`: who keeps arenas, where he has it not."""
         try:
             arena = Arena.adopt(fd)
             try:
                 algorithm = Algorithm.parse(arena.header.algorithm)
                 comp = Comp(algorithm)
-                unseal(arena)  # the last that can fail for other reasons than a want of memory
-                meta, lost = recover(arena, comp)
                 tell(arena.fd)
+                try:
+                    unseal(arena)  # the last that fails for other reasons than a want of memory
+                    meta, lost = recover(arena, comp)
+                except BaseException:
+                    tell(None)
+                    raise
             except BaseException:
                 arena.close(keep=True)
                 raise
@@ -409,12 +413,14 @@ class Zram:
         finally:
             self._gate.leave(record)
 
-    def save(self, fd: int) -> None:
+    def save(self, fd: int, must_go_on: Callable[[], None] = lambda: None) -> None:
         """Write a snapshot, all that is stored now, to the file `fd`, from its beginning on, while
-        I/O goes on. It is good when this returns, but not yet on the disk.
+        I/O goes on. It is good when this returns, but not yet on the disk. `must_go_on` is called
+        now and then, and ends it by what it raises.
 
         A request like any other, but that a reset ends it, with NotInitialised. Raises BadValue
-        without a disksize, DeviceBusy while another is made, SaveFailed.
+        without a disksize, DeviceBusy while another is made, SaveFailed, also where the device is
+        full, and waiting for this would stop it.
         """
         try:
             record = self._gate.enter("save")
@@ -423,7 +429,20 @@ class Zram:
         try:
             meta = self._meta
             assert meta is not None, "the gate is open, so meta is published"
-            meta.save(fd)
+            meta.save(fd, must_go_on)
+        finally:
+            self._gate.leave(record)
+
+    def end_saving(self, why: str) -> None:
+        """Have the snapshot that is made, if one is, fail with this reason."""
+        try:
+            record = self._gate.enter("a look")
+        except NotInitialised:
+            return
+        try:
+            meta = self._meta
+            assert meta is not None, "the gate is open, so meta is published"
+            meta.end_saving(why)
         finally:
             self._gate.leave(record)
 

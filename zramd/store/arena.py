@@ -53,29 +53,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from xxhash import xxh3_128_digest
+
 from zramd.errors import BadArena, BadValue, NoMemory, StoreFull
 from zramd.sizes import human
 from zramd.store import PAGE, SPAN
 from zramd.store.header import (
-    BOOT_AT,
-    BOOT_SIZE,
     FIGURES,
     FIGURES_AT,
     MAGIC,
+    MAX_DISKSIZE,
     MEM_LIMIT,
+    RUN_AT,
+    RUN_SIZE,
     USED_MAX,
     Header,
     figure,
     map_at,
+    most_spans,
     round_up,
 )
-
-MAX_DISKSIZE: Final = 4 << 40
-"""16 times this is taken as address space, half of what x86-64 and arm64 give a process."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _off_t: Final = ctypes.c_int64
 _PUNCH_HOLE: Final = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_GETFLAGS: Final = 0x80086601  # FS_IOC_GETFLAGS, and below FS_IOC_SETFLAGS, FS_NOCOW_FL
+_SETFLAGS: Final = 0x40086602
+_NOCOW: Final = 0x00800000
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python has no name for it
 
 
@@ -105,16 +109,14 @@ class Arena:
                 f"a disksize of {human(disksize)} is too large",
                 hint=f"the largest device is {human(MAX_DISKSIZE)}",
             )
-        # Every live object can come to sit alone in its span, so as many spans as slots are
-        # enough for any history; the slack is for objects that replace others, in flight.
-        spans = disksize // PAGE + 4096
+        spans = most_spans(disksize)
         if reserve:
             # What is stored raw, all of it, and a span that every class has begun.
             spans = min(-(-disksize // SPAN) + 128, reserved_spans(disksize, limit))
         header = Header(disksize, spans, limit if reserve else 0, algorithm)
         self._plan(header)
         if reserve:
-            _must_be_available(self.size)
+            must_be_available(self.size)
         self._path = path
         self.fd = create(path)  # last of what can fail alone: from here on there is much to undo
         self._map(new=True)
@@ -124,7 +126,7 @@ class Arena:
         self.limit = limit
         self.used = self.used_max = PAGE
         if path is not None:
-            self.map[BOOT_AT : BOOT_AT + BOOT_SIZE] = boot()
+            self.map[RUN_AT : RUN_AT + RUN_SIZE] = run_of(self.fd)
         self.map[: len(MAGIC)] = MAGIC
         if path is not None:
             try:
@@ -145,7 +147,8 @@ class Arena:
             raise BadArena("this is no arena of zramd: it is no file")
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             raise BadArena("the arena is not open for reading and writing")
-        path = Path(os.readlink(f"/proc/self/fd/{fd}")) if status.st_nlink else None
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        path = None if name.startswith("/memfd:") else Path(name)
         header = Header.unpack(os.pread(fd, PAGE, 0), status.st_size, more=path is not None)
         self = cls.__new__(cls)
         self._plan(header)
@@ -185,8 +188,11 @@ class Arena:
                 pass  # a kernel without huge pages
             if new:
                 self.punch(0, PAGE)  # see that memory goes back
+                self.back(0, PAGE)
+            elif self.is_file:
+                self.punch(os.fstat(self.fd).st_size, PAGE)  # the same; behind its end is nothing
             if self.reserved:
-                self._back(0, self.size)
+                self.back(0, self.size)
                 self.hold()
         except (NoMemory, StoreFull) as error:
             self._drop(new=new)
@@ -238,7 +244,7 @@ class Arena:
         if hasattr(self, "map"):
             self.map.close()
         if self._path is not None and new:
-            remove(self.fd, self._path)
+            remove(self.fd, self._path)  # before the lock goes: then it may be another's
         os.close(self.fd)
 
     def hold(self) -> None:
@@ -265,12 +271,12 @@ class Arena:
             used = self.used + size
             if self._limit and used > self._limit:
                 raise self.full()
-            self._back(offset, size)
+            self.back(offset, size)
             self.used = used
             if used > self._used_max:
                 self.used_max = used
 
-    def _back(self, offset: int, size: int) -> None:
+    def back(self, offset: int, size: int) -> None:
         """Have disk for this part of a file of the user's. Raises StoreFull."""
         if self._path is None:
             return
@@ -316,9 +322,18 @@ class Arena:
         return os.fstat(self.fd).st_blocks * 512
 
     @property
+    def path(self) -> Path | None:
+        """The file of the user's that it is; None for memory."""
+        return self._path
+
+    @property
     def is_file(self) -> bool:
-        """Whether it is a file of the user's."""
         return self._path is not None
+
+    @property
+    def stands(self) -> bool:
+        """Whether that file is where it was."""
+        return self._path is not None and stands_at(self._path, self.fd)
 
     def close(self, *, keep: bool = False) -> None:
         """Unmap and drop all; `keep`: but for a file of the user's. Nobody may use any part of the
@@ -390,7 +405,7 @@ def reserved_spans(disksize: int, limit: int) -> int:
     return spans
 
 
-def _must_be_available(size: int) -> None:
+def must_be_available(size: int) -> None:
     """NoMemory where the machine has less: taking it would have programs killed."""
     try:
         found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
@@ -409,7 +424,13 @@ def create(path: Path | None = None) -> int:
         if path is None:
             return os.memfd_create("zramd-arena", os.MFD_CLOEXEC)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # who has just found it lets go: there is nothing in it
+        except OSError:
+            path.unlink(missing_ok=True)
+            os.close(fd)
+            raise
+        _write_in_place(fd)
         return fd
     except FileExistsError as error:
         raise BadValue(
@@ -419,13 +440,30 @@ def create(path: Path | None = None) -> int:
         raise NoMemory(f"cannot create the arena: {error}") from error
 
 
+def stands_at(path: Path, fd: int) -> bool:
+    """Whether the file that `fd` is open on is found there, and not removed or replaced."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
 def remove(fd: int, path: Path) -> None:
     """Remove the file that `fd` is open on, if it still stands at `path`."""
+    if stands_at(path, fd):
+        path.unlink(missing_ok=True)
+
+
+def _write_in_place(fd: int) -> None:
+    """Where the file system writes what changes to new places (btrfs), it must not: it would need
+    more disk for what we have taken, and a store that finds none ends the process."""
     try:
-        if os.path.samestat(path.stat(), os.fstat(fd)):
-            path.unlink()
-    except FileNotFoundError:
-        pass
+        flags = bytearray(8)
+        fcntl.ioctl(fd, _GETFLAGS, flags)
+        changed = int.from_bytes(flags, sys.byteorder) | _NOCOW
+        fcntl.ioctl(fd, _SETFLAGS, changed.to_bytes(8, sys.byteorder))
+    except OSError:
+        pass  # it does not know that
 
 
 def data_from(fd: int, at: int, stop: int) -> int:
@@ -439,9 +477,11 @@ def data_from(fd: int, at: int, stop: int) -> int:
         return stop
 
 
-def boot() -> bytes:
-    """What tells this run of the machine from all others. Raises OSError."""
-    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", ""))
+def run_of(fd: int) -> bytes:
+    """What tells this run of the machine, and this file, from all others. Raises OSError."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    status = os.fstat(fd)
+    return xxh3_128_digest(b"%b %d %d" % (boot, status.st_dev, status.st_ino))
 
 
 def _pages(size: int) -> int:

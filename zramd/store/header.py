@@ -4,7 +4,7 @@
     8       CRC-32 of all that follows up to byte 128
     16      disksize, table, span map, spans: where they begin; number of spans; the limit that it
             was reserved with, 0 where nothing is reserved; the algorithm, as text
-    256     of a file of the user's: the boot of the machine in which it was opened last, 16 bytes
+    256     of a file of the user's: in which run of the machine it was opened last, 16 bytes
     512     the figures, a 64-bit word each, in the order below
 
 What stands up to byte 128 is written once, magic last, and says all of the layout. The figures
@@ -22,6 +22,9 @@ from typing import Final
 from zramd.errors import BadArena
 from zramd.store import PAGE, SPAN
 
+MAX_DISKSIZE: Final = 4 << 40
+"""16 times this is taken as address space, half of what x86-64 and arm64 give a process."""
+
 VERSION: Final = 2
 MAGIC: Final = b"zramd\0\0" + bytes([VERSION])
 SNAPSHOT_MAGIC: Final = b"zramd\0S" + bytes([VERSION])
@@ -34,8 +37,8 @@ _START: Final = struct.Struct("<8sQ")  # magic, CRC
 _FIELDS: Final = struct.Struct("<QQQQQQ64s")
 SIZE: Final = _START.size + _FIELDS.size
 
-BOOT_AT: Final = 256
-BOOT_SIZE: Final = 16
+RUN_AT: Final = 256
+RUN_SIZE: Final = 16
 
 FIGURES_AT: Final = 512
 MEM_LIMIT, USED_MAX, HUGE_SINCE, COMPACTED = range(4)
@@ -114,10 +117,16 @@ class Header:
             raise BadArena(f"the {what}'s header is damaged: its checksum is wrong")
         disksize, table_at, at, spans_at, spans, limit, text = _FIELDS.unpack(packed)
         header = cls(disksize, spans, limit, text.rstrip(b"\0").decode(errors="replace"))
-        if disksize == 0 or disksize % PAGE or spans == 0:
+        if (
+            not 0 < disksize <= MAX_DISKSIZE
+            or disksize % PAGE
+            or not 0 < spans <= most_spans(disksize)
+        ):
             raise BadArena(f"the {what}'s header is senseless: disksize {disksize}, {spans} spans")
         if (table_at, at, spans_at) != (PAGE, header.map_at, header.spans_at):
             raise BadArena(f"the {what}'s header is senseless: its parts are not where they belong")
+        if limit and header.size > limit:
+            raise BadArena(f"the {what}'s header is senseless: it is larger than its reserve")
         return header
 
 
@@ -125,6 +134,12 @@ def figure(figures: memoryview, which: int) -> int:
     """The figure as it stands, 0 where it cannot be true."""
     value: int = figures[which]
     return value if value < _MOST else 0
+
+
+def most_spans(disksize: int) -> int:
+    """Every live object can come to sit alone in its span, so as many spans as slots are enough for
+    any history; the slack is for objects that replace others, in flight."""
+    return disksize // PAGE + 4096
 
 
 def map_at(disksize: int) -> int:

@@ -13,13 +13,14 @@ nothing. The checksum is XXH3, 64 bits of it: 27 GiB/s, where zlib's CRC-32 make
 a third of a save's time.
 
 An arena file is *sealed* while it has an index, and *open* while it has none: who uses it takes the
-index off first. Open, it is good as long as the machine runs that opened it: a process that was
-killed leaves all in the page cache. After that nobody knows which of its pages have reached the
-disk, and it is refused.
+index off first. Open, it is good as long as the machine runs that opened it, and a copy is not: a
+process that was killed leaves all in the page cache. After that nobody knows which of its pages
+have reached the disk, and it is refused.
 
 Promises
-1. What is taken for good is as it was written: every byte of a file is under a checksum, and so is
-   how many there are. But for that boot, which no damage can make that of the machine.
+1. A snapshot or a sealed file that is taken for good is as it was written: every byte of it is
+   under a checksum, and so is how many there are. An open file is as its processes have left it,
+   unless its disk has failed or been unplugged since.
 2. A file that is refused has not been changed. Raises BadArena, with the reason.
 """
 
@@ -36,8 +37,16 @@ from xxhash import xxh3_64_intdigest
 
 from zramd.errors import BadArena, BadValue, DeviceBusy, NoMemory, SaveFailed
 from zramd.store import PAGE
-from zramd.store.arena import Arena, boot, create, data_from, remove
-from zramd.store.header import BOOT_AT, BOOT_SIZE, MAGIC, SNAPSHOT_MAGIC, Header
+from zramd.store.arena import (
+    Arena,
+    create,
+    data_from,
+    must_be_available,
+    remove,
+    run_of,
+    stands_at,
+)
+from zramd.store.header import MAGIC, RUN_AT, RUN_SIZE, SNAPSHOT_MAGIC, Header
 from zramd.store.zcomp import Algorithm, Buffer
 
 BLOCK: Final = 1 << 20
@@ -80,12 +89,17 @@ def _entries(fd: int, what: str) -> tuple[list[Entry], int]:
             hint="take another copy of it",
         )
     position, count, checksum, _ = _END.unpack(end)
-    if position + count * _ENTRY.size + _END.size != size:
+    if position + count * _ENTRY.size + _END.size != size or count * PAGE > position:
         raise BadArena(f"the {what} is damaged: its index and its size do not go together")
     packed = os.pread(fd, count * _ENTRY.size, position)
     if _of_index(packed, position, count) != checksum:
         raise BadArena(f"the {what} is damaged: the checksum of its index is wrong")
     return list(_ENTRY.iter_unpack(packed)), position
+
+
+def _must_be_file(fd: int, what: str) -> None:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise BadArena(f"this is no {what} of zramd: it is no file")
 
 
 def _of_index(entries: bytes, position: int, count: int) -> int:
@@ -159,11 +173,16 @@ def unpack(fd: int, path: Path | None = None) -> int:
     there is such a file, and NoMemory.
     """
     what = "snapshot"
+    _must_be_file(fd, what)
     header = Header.of(os.pread(fd, PAGE, 0), SNAPSHOT_MAGIC)
     entries, position = _entries(fd, what)
     _check_layout(entries, header, what)
     if sum(length for _, length, _ in entries) != position:
         raise BadArena(f"the {what} is damaged: its index and its size do not go together")
+    if header.reserved_limit:
+        must_be_available(header.size)
+    elif path is None:
+        must_be_available(position)
     arena = create(path)
     try:
         os.ftruncate(arena, header.size)
@@ -216,19 +235,22 @@ def find(path: Path, wait_s: float = 0) -> int | None:
     Waits so long for another process that uses it to end. Raises DeviceBusy where it does not, and
     BadValue where the file cannot be opened or its algorithm is not known here.
     """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise BadValue(f"{path} cannot be opened: {error.strerror}") from error
-    try:
-        _lock(fd, path, wait_s)
-        _check(fd)
-    except BaseException:
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise BadValue(f"{path} cannot be opened: {error.strerror}") from error
+        try:
+            _lock(fd, path, wait_s)
+            if stands_at(path, fd):  # or who had it locked has removed it
+                _check(fd)
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
-        raise
-    return fd
 
 
 def _lock(fd: int, path: Path, wait_s: float) -> None:
@@ -244,20 +266,23 @@ def _lock(fd: int, path: Path, wait_s: float) -> None:
                     hint="choose another file, or end that server: `zramd list` shows which run",
                 ) from None
             time.sleep(_POLL_S)
+        except OSError as error:
+            raise BadValue(f"{path} cannot be locked: {error.strerror}") from error
 
 
 def _check(fd: int) -> None:
     """That all of the file, sealed or open, can be taken for good."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise BadArena("this is no arena of zramd: it is no file")
+    _must_be_file(fd, "arena")
     first = os.pread(fd, PAGE, 0)
     size = os.fstat(fd).st_size
     header = Header.unpack(first, size, more=True)
     Algorithm.parse(header.algorithm)
+    if header.reserved_limit:
+        must_be_available(header.size)
     # What was killed while it sealed has left a beginning of an index, and is open.
     if size > header.size and os.pread(fd, PAGE, size - len(_END_MAGIC)) == _END_MAGIC:
         _check_sealed(fd, header)
-    elif first[BOOT_AT : BOOT_AT + BOOT_SIZE] != boot():
+    elif first[RUN_AT : RUN_AT + RUN_SIZE] != run_of(fd):
         raise BadArena(
             "the arena was in use when the machine went down: which of its pages are good, nobody"
             " can tell",
@@ -275,7 +300,7 @@ def _check_sealed(fd: int, header: Header) -> None:
     for at, length, checksum in entries:
         _must_be_zeros(fd, end, min(at, header.spans_at))
         block = os.pread(fd, length, at)
-        _check_block(block if at else _without_boot(block), at, checksum, what)
+        _check_block(block if at else _without_run(block), at, checksum, what)
         end = at + length
     _must_be_zeros(fd, end, header.spans_at)
 
@@ -290,15 +315,16 @@ def _must_be_zeros(fd: int, start: int, stop: int) -> None:
         at += len(block)
 
 
-def _without_boot(page: bytes) -> bytes:
-    """The header page as it is counted: the boot changes when nothing else does."""
-    return page[:BOOT_AT] + bytes(BOOT_SIZE) + page[BOOT_AT + BOOT_SIZE :]
+def _without_run(page: bytes) -> bytes:
+    """The header page as it is counted: who opens a file changes that, and nothing else."""
+    return page[:RUN_AT] + bytes(RUN_SIZE) + page[RUN_AT + RUN_SIZE :]
 
 
 def unseal(arena: Arena) -> None:
     """Open the arena's file, if it is one, for use. Raises OSError."""
     if arena.is_file:
-        arena.map[BOOT_AT : BOOT_AT + BOOT_SIZE] = boot()  # first: or it would be good for nothing
+        # First: without it, an open file is good for nothing.
+        arena.map[RUN_AT : RUN_AT + RUN_SIZE] = run_of(arena.fd)
         if os.fstat(arena.fd).st_size > arena.size:
             os.ftruncate(arena.fd, arena.size)
             os.fsync(arena.fd)
@@ -308,13 +334,15 @@ def seal(arena: Arena, in_use: Iterable[tuple[int, int]]) -> None:
     """Make the arena's file good for other runs of the machine: all of it is on the disk, with its
     index. `in_use`: (start, stop) of all that is, ascending. Nobody uses the arena any more, but to
     close it. Raises SaveFailed; then the file is still open."""
+    if not arena.stands:
+        raise SaveFailed(f"{arena.path} has been removed or replaced: what the device had is lost")
     index = Index()
     for start, stop in in_use:
         for at in range(start, stop, BLOCK):
             block = arena.map[at : min(at + BLOCK, stop)]
-            index.add(at, block if at else _without_boot(block))
+            index.add(at, block if at else _without_run(block))
     try:
-        arena.map.flush()
+        os.fsync(arena.fd)  # not msync(2): that would hold the GIL meanwhile
         write(arena.fd, index.pack(arena.size), arena.size)
         os.fsync(arena.fd)
     except OSError as error:

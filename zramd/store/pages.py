@@ -30,6 +30,7 @@ and write in one hold of the lock. Lock order: compaction, slot, pool, the arena
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -42,7 +43,7 @@ from zramd.store.compaction import empty_leaving_spans
 from zramd.store.header import COMPACTED, HUGE_SINCE
 from zramd.store.image import seal
 from zramd.store.pool import CLASSES, Pool
-from zramd.store.saving import Saving
+from zramd.store.saving import PATIENCE_S, Saving
 from zramd.store.table import (
     ADDRESS_SHIFT,
     FILL_ZERO,
@@ -112,6 +113,7 @@ class Pages:
         and the write that has waited for it."""
         self._full = False  # no empty slot is filled any more
         self._compaction = threading.Lock()  # before the slot locks; held by the one who compacts
+        self._one_save = threading.Lock()  # held by the one who saves
         self._saving: Saving | None = None  # set under all slot locks
         self._count_lock = threading.Lock()  # leaf lock; protects counters
         self._slot_locks = [threading.Lock() for _ in range(_STRIPES)]
@@ -323,8 +325,9 @@ class Pages:
     def _store_locked(self, start: int, olds: list[int], news: list[int]) -> None:
         """Replace words, each by one store. Interrupted (Ctrl-C), all are the old ones."""
         table = self.arena.table
-        if self._saving is not None:
-            self._saving.keep(start // SLOTS_PER_TABLE_PAGE)
+        saving = self._saving  # may end meanwhile
+        if saving is not None:
+            saving.keep(start // SLOTS_PER_TABLE_PAGE)
         try:
             for slot, word in enumerate(news, start):
                 table[slot] = word
@@ -402,11 +405,11 @@ class Pages:
     def _with_room(self, nowait: bool, attempt: Callable[[bool], _T]) -> _T:
         """What `attempt` returns, which was refused once. The caller holds no slot lock.
 
-        While a snapshot is made, after some of what it holds is let go, as often as it takes.
-        Then, in this order: as a compaction or a discard of somebody else has left things
-        meanwhile; after a compaction, where much comes of it; with objects of larger classes, which
-        `attempt` is told to take by True; after a compaction that frees a span or more. Raises
-        StoreFull.
+        While a snapshot is made, after some of what it holds is let go, as often as it takes, or
+        after that has given way. Then, in this order: as a compaction or a discard of somebody else
+        has left things meanwhile; after a compaction, where much comes of it; with objects of
+        larger classes, which `attempt` is told to take by True; after a compaction that frees a
+        span or more. Raises StoreFull.
 
         A compaction takes 0.1 s for a GiB stored. With `nowait` it is not even looked into.
         """
@@ -414,14 +417,14 @@ class Pages:
             raise BlockingIOError("this write may take a compaction")
         with self._compaction:
             larger, least = False, max(SPAN, self.arena.used // _WORTH_SHARE)
+            until = time.monotonic() + PATIENCE_S
             while True:
                 saving = self._saving
                 let_go = saving.let_go if saving is not None else 0
                 try:
                     return attempt(larger)
                 except StoreFull:
-                    if saving is not None:
-                        saving.wait(let_go)
+                    if saving is not None and saving.makes_room(let_go, until):
                         continue
                     if self.pool.gain() >= least and self._compact_locked():
                         continue
@@ -432,7 +435,7 @@ class Pages:
 
     def _check_full(self, start: int, stop: int) -> None:
         """Raise StoreFull where that is clear before anything is compressed (promise 5)."""
-        if self._full:
+        if self._full and self._saving is None:  # what a snapshot holds may be room
             self._full = self._is_full()
             if self._full and not all(self._words(start, stop) or [0]):
                 raise self.arena.full()
@@ -442,25 +445,36 @@ class Pages:
 
     # Saving
 
-    def save(self, fd: int) -> None:
+    def save(self, fd: int, must_go_on: Callable[[], None] = lambda: None) -> None:
         """Write a snapshot to the file `fd`, from its beginning on, while others go on. Raises
-        DeviceBusy when there is one under way, SaveFailed, and what `checkpoint` raises."""
+        DeviceBusy when there is one under way, SaveFailed, and what `must_go_on`, called now and
+        then, and `checkpoint` raise."""
+        if not self._one_save.acquire(blocking=False):
+            raise DeviceBusy(
+                "a snapshot is being made already", hint="try again when that has ended"
+            )
         saving = Saving(self.arena, self.pool)
 
-        def publish() -> None:
-            self._saving = saving
+        def publish(now: Saving | None) -> None:
+            self._saving = now
 
-        with self._compaction:
-            if self._saving is not None:
-                raise DeviceBusy(
-                    "a snapshot is being made already", hint="try again when that has ended"
-                )
-            saving.begin(self._slot_locks, publish)
+        def look() -> None:
+            self.checkpoint()
+            must_go_on()
+
         try:
-            saving.write_to(fd, self._slot_locks, self.checkpoint)
+            with self._compaction:
+                saving.begin(self._slot_locks, publish)
+            saving.write_to(fd, self._slot_locks, look)
         finally:
-            self._saving = None
-            saving.end()
+            saving.end(publish)
+            self._one_save.release()
+
+    def end_saving(self, why: str) -> None:
+        """Have the snapshot that is made, if one is, fail with this reason."""
+        saving = self._saving
+        if saving is not None:
+            saving.give_way(why)
 
     # Discarding
 

@@ -11,7 +11,8 @@
 3. Zero the class of every span that no word names, or whose class is none.
 4. Rebuild the pool: what no word names is free. So goes what a killed write or compaction held.
 5. Give the system back all that is not in use, unless it is reserved: empty table pages, spans and
-   parts of spans.
+   parts of spans. Then, in a file, have disk for all that is: there are holes in what was not open
+   to the end before, and in a copy.
 6. Count. What a table does not tell comes from the header's figures.
 
 Promises
@@ -20,9 +21,9 @@ Promises
    And `used` is not more than it was, so not more than `limit` if it was not.
 2. The arena occupies no more than `used`, or what is reserved.
 3. Damage of table, span map and objects costs the pages that it is of, which read as Corrupt, and
-   raises nothing here. Not seen is damage that makes what could have been stored: other bytes of a
-   raw page or a fill, or of an object that still decompresses; another word that is a fill, empty,
-   or names an object that fits and that no other word names.
+   raises nothing here; NoMemory says that a disk is full. Not seen is damage that makes what could
+   have been stored: other bytes of a raw page or a fill, or of an object that still decompresses;
+   another word that is a fill, empty, or names an object that fits and that no other word names.
 4. Killed itself, it can be repeated, and reports the same slots lost, with those of recoveries
    before.
 
@@ -34,6 +35,7 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
+from zramd.errors import NoMemory, StoreFull
 from zramd.store import PAGE, SPAN
 from zramd.store.arena import Arena, data_from
 from zramd.store.header import COMPACTED, HUGE_SINCE, figure
@@ -83,6 +85,8 @@ def recover(arena: Arena, comp: Comp) -> tuple[Pages, list[int]]:
     occupied = pages.pool.restore(named)
     if not arena.reserved:
         _give_back(arena, pages.pool)
+    if arena.is_file:
+        _back(arena, pages.pool)
     regions = arena.table_pages.occupied.count(1) + arena.map_pages.occupied.count(1)
     arena.used = (1 + regions) * PAGE + occupied
     arena.used_max = max(arena.used_max, arena.used)
@@ -222,6 +226,17 @@ def _give_back(arena: Arena, pool: Pool) -> None:
     """Move 5: punch all that lies between what is in use, where there is anything."""
     at = 0
     for start, stop in (*pool.in_use(), (arena.size, arena.size)):
-        if at < start and data_from(arena.fd, at, start) < start:
+        # In a file what has been taken and not been written is not told from a hole.
+        if at < start and (arena.is_file or data_from(arena.fd, at, start) < start):
             arena.punch(at, start - at)
         at = stop
+
+
+def _back(arena: Arena, pool: Pool) -> None:
+    """Have disk for all that is in use. NoMemory where there is none, which takes somebody else on
+    that file system: no more is in use than was before."""
+    try:
+        for start, stop in pool.in_use():
+            arena.back(start, stop - start)
+    except StoreFull as error:
+        raise NoMemory(error.message, hint=error.hint) from error

@@ -12,21 +12,33 @@
 Promises
 1. The snapshot is what a kill at the moment would have left: a request that had ended is in it, one
    that had not begun is not, of one under way it may have a part.
-2. Others wait for all slot locks once, for microseconds, and for one as long as it takes to copy a
-   table page. Who finds no room while objects are held waits until some are let go.
+2. Others wait for all slot locks once, for microseconds; for one as long as it takes to copy a
+   table page; and for the pool's as long as it takes to copy BLOCK bytes. Who finds no room while
+   objects are held waits until some are let go, but no longer than PATIENCE_S in all: then the
+   snapshot gives way.
 3. However it ends, nothing is held any more.
 
-Assumes that there is one at a time, and no compaction meanwhile.
+Assumes that there is one at a time, and no compaction while anything is held.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Final
 
+from zramd.errors import SaveFailed
 from zramd.store import PAGE
 from zramd.store.arena import Arena
 from zramd.store.image import BLOCK, Snapshot
 from zramd.store.pool import Pool
+
+PATIENCE_S: Final = 1.0
+"""Enough for a GiB to memory, and nobody takes a device for dead that stands still so long."""
+
+_TURN_S: Final = 0.005
+_REST_S: Final = 0.0001
+"""As in compaction.py: in a real-time class, on one CPU, a save had nobody answered meanwhile."""
 
 
 class Saving:
@@ -36,22 +48,28 @@ class Saving:
         self._arena = arena
         self._pool = pool
         self._header = b""
-        self._todo = bytearray()  # 1 for a table page of the moment that is not copied yet
+        self._of_the_moment = b""  # 1 for a table page that was occupied
+        self._todo = bytearray()  # 1 for one of these that is not copied yet
         self._copies: dict[int, bytes] = {}
         self._progress = threading.Condition()
-        self._ended = False
+        self._is_over = False
+        self._why_over = ""
+        self._turn_ends = 0.0
         self.let_go = 0
         """How often something was let go; who waits for more looks here before he finds no room."""
 
-    def begin(self, slot_locks: Sequence[threading.Lock], publish: Callable[[], None]) -> None:
+    def begin(
+        self, slot_locks: Sequence[threading.Lock], publish: Callable[["Saving"], None]
+    ) -> None:
         """Move 1. `publish` has whoever changes a table page call `keep` from now on."""
         with ExitStack() as locked:
             for lock in slot_locks:
                 locked.enter_context(lock)
             self._header = self._arena.map[:PAGE]
-            self._todo[:] = self._arena.table_pages.occupied
+            self._of_the_moment = bytes(self._arena.table_pages.occupied)
+            self._todo[:] = self._of_the_moment
             self._pool.hold()
-            publish()
+            publish(self)
 
     def keep(self, page: int) -> None:
         """A table page is about to change; the caller holds its slot lock."""
@@ -69,38 +87,62 @@ class Saving:
         it. Raises SaveFailed."""
         file = Snapshot(fd)
         file.add_header(self._header)
-        of_the_moment = bytes(self._todo)
-        page = of_the_moment.find(1)
+        page = self._of_the_moment.find(1)
         while page >= 0:
             with slot_locks[page % len(slot_locks)]:
                 block = self._take_locked(page) if self._todo[page] else self._copies.pop(page)
+            self._must_go_on(checkpoint)
             file.add((1 + page) * PAGE, block)
-            checkpoint()
-            page = of_the_moment.find(1, page + 1)
+            page = self._of_the_moment.find(1, page + 1)
         arena, pool = self._arena, self._pool
         for page in arena.map_pages.pages():
             at = arena.header.map_at + page * PAGE
             file.add(at, arena.map[at : at + PAGE])
         buffer = memoryview(bytearray(BLOCK))  # a new one each time would be faulted in each time
         for start, stop in pool.copy_held(buffer):
+            self._must_go_on(checkpoint)  # or it was not held any more when it was copied
             file.add(start, buffer[: stop - start])
             if pool.let_go(stop):
                 self._tell()
-            checkpoint()
+        self._must_go_on(checkpoint)  # or there may have been nothing held to go through
         file.end()
 
-    def end(self) -> None:
-        """Hold nothing any more."""
-        self._pool.let_all_go()
-        self._tell(ended=True)
+    def _must_go_on(self, checkpoint: Callable[[], None]) -> None:
+        checkpoint()
+        if self._why_over:
+            raise SaveFailed(self._why_over)
+        if time.monotonic() > self._turn_ends:
+            time.sleep(_REST_S)
+            self._turn_ends = time.monotonic() + _TURN_S
 
-    def _tell(self, *, ended: bool = False) -> None:
+    def end(self, publish: Callable[[None], None]) -> None:
+        """Hold nothing any more. Who finds no room and sees no snapshot is refused, so that there
+        is none is published after that; who waits looks again, so before he is told."""
+        self._pool.let_all_go()
+        publish(None)
+        self._tell(is_over=True)
+
+    def give_way(self, why: str) -> None:
+        """Hold nothing any more, and have `write_to` raise SaveFailed, saying why; any thread may
+        call, at any time after `begin`."""
+        self._why_over = why
+        self._pool.let_all_go()
+        self._tell(is_over=True)
+
+    def _tell(self, *, is_over: bool = False) -> None:
         with self._progress:
             self.let_go += 1
-            self._ended = ended
+            self._is_over |= is_over
             self._progress.notify_all()
 
-    def wait(self, let_go: int) -> None:
-        """Until more has been let go than at that time, or all."""
+    def makes_room(self, let_go: int, until: float) -> bool:
+        """Whether something has been let go since that time; waits for it, and gives way when the
+        monotonic clock says `until`."""
         with self._progress:
-            self._progress.wait_for(lambda: self._ended or self.let_go != let_go)
+            self._progress.wait_for(
+                lambda: self._is_over or self.let_go != let_go, until - time.monotonic()
+            )
+            if self._is_over or self.let_go != let_go:
+                return self.let_go != let_go
+        self.give_way("the device is full, and what is written to it goes before a snapshot")
+        return True
