@@ -36,19 +36,22 @@ def command(name: str, file: Path) -> None:
 @contextmanager
 def _replacing(file: Path) -> Iterator[int]:
     """The descriptor of a new file, which stands at this path in the end, if all went well."""
-    with suppress(FileNotFoundError):
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise BadValue(f"{file} is no file", hint="name one, or a path where there is nothing")
-    target = Path(os.path.realpath(file))
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise BadValue(
+                    f"{file} is no file", hint="name one, or a path where there is nothing"
+                )
+        target = Path(os.path.realpath(file))
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
         directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            descriptor = _create(beside)
+            beside.unlink(missing_ok=True)  # of one of our number that was killed
+            descriptor, has_name = _create(beside)
             try:
                 yield descriptor
                 os.fsync(descriptor)
-                if not beside.exists():
+                if not has_name:
                     # With a directory, os.link is linkat(2), which follows /proc's link.
                     os.link(f"/proc/self/fd/{descriptor}", beside, src_dir_fd=directory)
                 os.replace(beside, target)
@@ -62,10 +65,10 @@ def _replacing(file: Path) -> Iterator[int]:
         raise SaveFailed(f"{file} cannot be written: {error.strerror}") from error
 
 
-def _create(path: Path) -> int:
+def _create(path: Path) -> tuple[int, bool]:
     """A file without a name in that directory, which goes with us; where its file system has none,
-    one with this path."""
+    one with this path, and True."""
     try:
-        return os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        return os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600), False
     except OSError:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), True
