@@ -67,7 +67,7 @@ def main() -> None:
     results = {}
     for measure in (
         *(measure_store, measure_overhead, measure_reset, measure_recovery),
-        *(measure_idle, measure_servers),
+        *(measure_saving, measure_idle, measure_servers),
     ):
         for name, target, ratios in measure(corpus, rounds, seconds):
             results[name] = {"target": target, "ratios": ratios}
@@ -455,6 +455,59 @@ def measure_recovery(
         "<= 1",
         pauses(corpus, rounds),
     )
+
+
+def measure_saving(
+    corpus: bytes, rounds: int, seconds: int
+) -> Iterator[tuple[str, str, list[float]]]:
+    stored = 1 << 30
+    pages = Pages(Arena(stored, "lz4"), Comp(Algorithm("lz4")))
+    for at in range(0, stored, MIB):
+        from_ = at % (len(corpus) - MIB)
+        pages.write(at, corpus[from_ : from_ + MIB])
+
+    def save() -> float:
+        """Seconds that it takes; onto a tmpfs, which a memfd lies on."""
+        file = os.memfd_create("snapshot")
+        started = time.perf_counter()
+        pages.save(file)
+        took = time.perf_counter() - started
+        os.close(file)
+        return took
+
+    yield (
+        "a save to tmpfs, GiB of compressed data a second",
+        ">= 1",
+        [pages.counters.compressed_bytes / (1 << 30) / save() for _ in range(rounds)],
+    )
+
+    def written(beside: Callable[[], object]) -> float:
+        """MiB a second that a thread writes meanwhile."""
+        ended = threading.Event()
+        amount = 0
+
+        def write() -> None:
+            nonlocal amount
+            while not ended.is_set():
+                at = amount % (min(stored, len(corpus)) - REQUEST)
+                pages.write(at // PAGE * PAGE, corpus[at : at + REQUEST])
+                amount += REQUEST
+
+        thread = threading.Thread(target=write)
+        started = time.perf_counter()
+        thread.start()
+        while time.perf_counter() < started + seconds:
+            beside()
+        ended.set()
+        thread.join()
+        return amount / MIB / (time.perf_counter() - started)
+
+    yield (
+        "writes of 128 KiB by a thread, during saves / alone",
+        ">= 0.5",
+        [written(save) / written(lambda: time.sleep(0.1)) for _ in range(rounds)],
+    )
+    pages.close()
 
 
 def write_time(store: type[Pages], corpus: bytes, size: int) -> float:

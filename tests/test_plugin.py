@@ -158,6 +158,15 @@ def test_dump_plugin_tells_version_algorithms_and_python(nbdkit):
     assert re.search(r"^zramd_python=3\.", done.stdout, re.MULTILINE)
 
 
+def test_its_device_is_saved_and_restored_like_any_other(serving, tmp_path):
+    serving.libnbd("h.pwrite(b'a' * 4095 + b'b', 0)")
+    file = str(tmp_path / "snapshot")
+    for arguments in (["save", "zram0", file], ["reset", "zram0"], ["restore", "zram0", file]):
+        done = serving.zramd(*arguments)
+        assert done.returncode == 0, done.stderr
+    assert serving.libnbd("print(h.pread(4096, 0)[-2:])").strip() == "bytearray(b'ab')"
+
+
 @pytest.fixture
 def unlocked(nbdkit, tmp_path) -> str:
     """The plugin, with its memory locked where it starts and not to be locked after the fork."""

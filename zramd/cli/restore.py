@@ -24,7 +24,8 @@ def command(name: str, file: Path) -> None:
     drops these). Where none runs, one is started, in the background.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        # Or a FIFO would have us wait for who writes to it, before it is refused.
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise BadValue(f"{file} cannot be read: {error.strerror}") from error
     try:

@@ -131,7 +131,8 @@ def _make(zram: Zram, config: Config) -> None:
 
 def _restore(zram: Zram, snapshot: Path) -> list[int]:
     try:
-        file = os.open(snapshot, os.O_RDONLY | os.O_CLOEXEC)
+        # Or a FIFO would have us wait for who writes to it, before it is refused.
+        file = os.open(snapshot, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise BadValue(f"{snapshot} cannot be read: {error.strerror}") from error
     try:
