@@ -211,8 +211,9 @@ class Alone:
 
     kept: ClassVar[dict[str, int]] = {}
     takes_over = False
+    relied_on = False
 
-    def keep(self, name: str, descriptor: int, *, lock: bool = False) -> None:
+    def keep(self, name: str, descriptor: int) -> None:
         os.fstat(descriptor)
 
     def ready(self) -> None:

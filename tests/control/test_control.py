@@ -23,6 +23,7 @@ from zramd.errors import (
     NoServer,
     NotInitialised,
     NotSupported,
+    SaveFailed,
     ServerFailed,
     ZramdError,
 )
@@ -390,3 +391,16 @@ def test_rubbish_on_the_socket_hurts_nobody(thread, place):
             sock.sendall(rubbish)
     with Control(place) as control:
         assert control.get("disksize") == "0"
+
+
+def test_a_stop_that_cannot_seal_the_file_says_so_and_stops_all_the_same(
+    control, zram, stopped, monkeypatch
+):
+    def fail(*, force: bool) -> None:
+        raise SaveFailed("the arena's file cannot be sealed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zram, "close", fail)
+        with pytest.raises(SaveFailed, match="cannot be sealed"):
+            control.stop()
+    assert stopped.wait(10)

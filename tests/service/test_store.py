@@ -6,12 +6,13 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.nbd.harness import wait_for
-from tests.service.server import Server, check, lives, write
+from tests.service.server import Server, check, instead, lives, write
 from zramd.cli import upgrade
 from zramd.errors import BadArena, BadValue
 from zramd.service import kept
@@ -27,6 +28,8 @@ class Manager:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(path)
         self.stored: dict[str, int] = {}
+        self.times = 0
+        """How often it was asked to keep something."""
 
     def hear(self) -> dict[str, int]:
         """What it keeps, when all that was sent by now has been heard."""
@@ -43,6 +46,7 @@ class Manager:
                 os.close(self.stored.pop(told["FDNAME"]))
             if "FDSTORE" in told:
                 assert told["FDPOLL"] == "0"
+                self.times += 1
                 if told["FDNAME"] in self.stored:
                     os.close(self.stored.pop(told["FDNAME"]))
                 (self.stored[told["FDNAME"]],) = numbers
@@ -69,9 +73,13 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
-def followed(start, descriptor: int, *arguments: str, name: str = ARENA) -> Server:
-    """Another server, that is passed this."""
+def followed(
+    start, descriptor: int, *arguments: str, name: str = ARENA, code: str | None = None
+) -> Server:
+    """Another server, that is passed this. `code` is run for zramd's."""
     starter = (sys.executable, "-c", _PASS, str(descriptor), name)
+    if code is not None:
+        starter += tuple(instead(code))
     return start(*arguments, starter=starter, pass_fds=[descriptor])
 
 
@@ -128,6 +136,52 @@ def test_an_upgrade_stores_what_it_had_stored(start, manager):
     upgrade.command.callback("s0")
     die(server)
     check(followed(start, manager.hear()[ARENA]))
+    manager.hear()
+    assert manager.times == 1  # or the journal has an error for each
+
+
+def test_who_is_passed_an_arena_tries_more_than_once(start, manager, tmp_path):
+    server = start()
+    write(server)
+    arena = manager.hear()[ARENA]
+    die(server)
+    mark = tmp_path / "mark"
+    code = f"""import os, signal
+from zramd.cli import main
+from zramd.service import worker
+take_over = worker._take_over
+def die_once(*arguments):
+    if not os.path.exists({str(mark)!r}):
+        open({str(mark)!r}, "x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    take_over(*arguments)
+worker._take_over = die_once
+main()"""
+    server = followed(start, arena, code=code)
+    check(server)
+    assert mark.exists()
+    assert server.end() == 0
+
+
+def test_who_is_passed_an_arena_keeps_it_though_the_configuration_is_bad(start, manager, tmp_path):
+    file = tmp_path / "s0.toml"
+    file.write_text('disksize = "64M"\n')
+    server = start("--config", str(file))
+    write(server)
+    arena = manager.hear()[ARENA]
+    die(server)
+    file.write_text("nonsense")
+    thread = threading.Thread(
+        target=lambda: (
+            wait_for(lambda: server.said("its pages are kept")),
+            file.write_text('disksize = "64M"\n'),
+            os.kill(server.paths.server(), signal.SIGHUP),
+        )
+    )
+    thread.start()
+    server = followed(start, arena, "--config", str(file))
+    thread.join()
+    check(server)
 
 
 @pytest.mark.parametrize(

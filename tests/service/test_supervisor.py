@@ -1,18 +1,23 @@
 """A server whose worker dies goes on with the same pages; seen from outside, over its sockets."""
 
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import zramd.store.image
 from tests.nbd.harness import RawClient, request, wait_for
-from tests.service.server import CONTENTS, ROOT, Server, check, lives, write
-from zramd.errors import BadValue, NoServer, ServerFailed
+from tests.service.server import CONTENTS, ROOT, Server, check, instead, lives, write
+from zramd.device import Zram
+from zramd.errors import BadValue, DeviceBusy, NoServer, ServerFailed, ZramdError
 from zramd.nbd.address import TcpAddress, UnixAddress
 from zramd.nbd.wire import NBD_CMD_TRIM
 from zramd.statistics import Statistics
@@ -260,3 +265,136 @@ def test_what_is_kept_without_a_worker_can_be_saved_and_restored(start, tmp_path
     restored = start(f"--restore={file}")
     check(restored)
     assert restored.end() == 0
+
+
+def test_a_worker_that_fails_when_it_has_taken_over_leaves_the_pages_to_the_next(start, tmp_path):
+    place = tmp_path / "gone"
+    place.mkdir()
+    server = start("--disksize=64M", f"--listen=unix:{place}/more.sock")
+    write(server)
+    shutil.rmtree(place)
+    server.wear_out_at_once()
+    assert server.said("(cannot listen on ") >= 1
+    place.mkdir()
+    server.begin_again()
+    check(server)
+    assert server.end() == 0
+
+
+def test_a_relative_runtime_directory_is_the_same_when_the_server_has_left_its_own(start):
+    runtime = os.environ["ZRAMD_RUNTIME_DIR"]
+    os.environ["ZRAMD_RUNTIME_DIR"] = os.path.relpath(runtime, ROOT)
+    try:
+        server = start("--disksize=64M", "--background", reader_leaves=True)
+    finally:
+        os.environ["ZRAMD_RUNTIME_DIR"] = runtime
+    write(server)
+    wait_for(lambda: os.readlink(f"/proc/{server.process.pid}/cwd") == "/")
+    before = server.worker
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: server.worker not in (0, before))
+    check(server)
+    assert server.end() == 0
+
+
+@pytest.mark.parametrize(
+    "message", [b"keep\0\xff\xc3", b"drop", b"failing", b"nonsense\0x", b"upgrade\0\xe2\x82"]
+)
+def test_nothing_that_a_worker_says_ends_its_supervisor(start, message):
+    code = f"""import os
+from zramd.cli import main
+from zramd.service import link
+ready = link.Link.ready
+def say_it_first(self):
+    self._socket.send({message!r})
+    self._socket.recv(1000)
+    ready(self)
+link.Link.ready = say_it_first
+main()"""
+    server = start(starter=instead(code))
+    write(server)
+    server.kill_worker()
+    check(server)
+    assert server.end() == 0
+
+
+def test_a_supervisor_that_fails_unforeseen_with_pages_ends_by_a_signal_and_without_by_none(start):
+    code = """import os
+from zramd.cli import main
+from zramd.service import supervisor
+def fail(self): raise RuntimeError("nobody foresaw this")
+supervisor._Supervisor.WHEN = fail
+main()"""
+    with_pages = code.replace("WHEN", "_begin")
+    server = start(starter=instead(with_pages))
+    assert server.process.wait(30) == -signal.SIGKILL
+    assert server.said("nobody foresaw this")
+    without = code.replace("WHEN", "_fork")
+    server = start(starter=instead(without))
+    assert server.process.wait(30) == ZramdError.exit_code
+
+
+@pytest.mark.parametrize("more", [[], ["--for=mount"]], ids=["", "mount"])
+def test_who_is_told_to_end_again_and_again_seals_its_file_all_the_same(
+    start, tmp_path, monkeypatch, more
+):
+    file, mark = tmp_path / "arena", tmp_path / "mark"
+    code = f"""import time
+from zramd.cli import main
+from zramd.device import Zram
+close = Zram.close
+def slow(self, **how):
+    open({str(mark)!r}, "x")
+    time.sleep(1)
+    close(self, **how)
+Zram.close = slow
+main()"""
+    server = start("--disksize=64M", f"--arena={file}", *more, starter=instead(code))
+    write(server)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(mark.exists)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server.process.send_signal(number)
+        os.kill(server.worker, number)
+    assert server.process.wait(30) == 0
+    monkeypatch.setattr(zramd.store.image, "run_of", lambda _: b"another boot id!")
+    device = Zram("s0", file)
+    assert device.load() == []
+    opener = device.open("test")
+    for page, content in CONTENTS.items():
+        assert bytes(opener.read(page * PAGE, PAGE)) == content
+    opener.close()
+    device.close()
+
+
+def test_a_server_that_is_being_saved_is_not_upgraded_and_ends_at_once(start, tmp_path):
+    mark = tmp_path / "mark"
+    code = f"""import threading
+from zramd.cli import main
+from zramd.device import Zram
+ended = threading.Event()
+def save(self, fd, must_go_on=None):
+    open({str(mark)!r}, "x")
+    ended.wait(60)
+Zram.save = save
+Zram.end_saving = lambda self, why: ended.set()
+main()"""
+    server = start(starter=instead(code))
+    write(server)
+
+    def save() -> None:
+        with (
+            open(tmp_path / "saved", "wb") as file,
+            server.control() as control,
+            contextlib.suppress(ServerFailed),  # it has ended before it could say so
+        ):
+            control.save(file.fileno())
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    wait_for(mark.exists)
+    with server.control() as control, pytest.raises(DeviceBusy, match="s0 is being saved"):
+        control.upgrade([sys.executable])
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    thread.join()

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.nbd.harness import RawClient, wait_for
-from tests.service.server import CONTENTS, ROOT, Server, check, lives, write
+from tests.service.server import CONTENTS, ROOT, Server, check, instead, lives, write
 from zramd import __version__
 from zramd.cli import upgrade
-from zramd.errors import DeviceBusy, ServerFailed
+from zramd.errors import DeviceBusy, ServerFailed, ZramdError
 from zramd.nbd.address import UnixAddress
 from zramd.service import handover
 from zramd.store import PAGE
@@ -362,6 +362,26 @@ def test_one_upgrade_at_a_time(start):
     is_as_before(server, server.worker)
 
 
+def test_a_worker_that_ends_is_not_killed_for_not_leaving(start, monkeypatch):
+    monkeypatch.setenv("LEAVE_S", "0.1")
+    code = """import time
+from tests.unlimited import main
+from zramd.device import Zram
+close, times = Zram.close, []
+def slow_at_last(self, **how):
+    times.append(time.sleep(3 * len(times)))
+    close(self, **how)
+Zram.close = slow_at_last
+main()"""
+    server = start(starter=instead(code))
+    thread, failed = ask_beside(server, program("import time; time.sleep(0.5)"))
+    with server.control() as control:
+        control.stop()
+    assert server.process.wait(30) == 0
+    thread.join()
+    assert failed
+
+
 def test_a_server_that_is_told_to_end_and_in_use_is_not_upgraded(start):
     server = start("--disksize=64M", "--for=mount")
     with server.client() as client:
@@ -416,6 +436,62 @@ def test_where_it_listens_is_read_again(start, tmp_path):
     with pytest.raises(ServerFailed, match="disk"):
         ask(server, upgrade._program())
     file.write_text(text)
+    is_as_before(server, worker)
+
+
+def test_an_address_that_cannot_be_had_at_its_turn_leaves_the_pages_to_the_old_code(
+    start, tmp_path
+):
+    file, taken = tmp_path / "s0.toml", tmp_path / "none/more.sock"
+    text = 'disksize = "64M"\n'
+    file.write_text(text)
+    server = start("--config", str(file))
+    write(server)
+    before = server.worker
+    file.write_text(f'{text}listen = ["unix:{taken}"]\n')
+    with pytest.raises(ServerFailed, match="died before it was ready"):
+        upgrade.command.callback("s0")
+    wait_for(lambda: server.said(f"(cannot listen on unix:{taken}"))
+    assert server.worker != before
+    file.write_text(text)
+    is_as_before(server, server.worker)
+
+
+def test_a_program_too_long_to_be_told_is_refused(start):
+    server = start()
+    write(server)
+    worker = server.worker
+    for program in (["x" * 70_000], ["/bin/sh", "\N{EURO SIGN}" * 22_000], ["\ud800"], []):
+        with pytest.raises(ZramdError):
+            ask(server, program)
+    is_as_before(server, worker)
+
+
+def test_a_program_that_fails_as_supervisor_ends_by_a_signal(start):
+    server = start()
+    write(server)
+    fails = """
+from zramd.service import supervisor
+def fail(*_): raise RuntimeError("nobody foresaw this")
+supervisor._Supervisor._resume = fail
+"""
+    ask(server, program(after=fails))
+    assert server.process.wait(30) == -signal.SIGKILL
+    assert server.said("nobody foresaw this")
+
+
+def test_what_the_program_could_not_take_as_supervisor_fails_while_the_old_one_serves(start):
+    server = start()
+    write(server)
+    server.kill_worker()  # there is something to leave
+    worker = server.worker
+    fails = """
+from zramd.service import supervisor
+def fail(*_): raise RuntimeError("this is not what I know")
+supervisor._Supervisor.learn = fail
+"""
+    with pytest.raises(ServerFailed, match="this is not what I know"):
+        ask(server, program(after=fails))
     is_as_before(server, worker)
 
 

@@ -124,7 +124,7 @@ name_argument = click.argument("name", type=NAME)
 
 config_option = click.option(
     *("--config", "file"),
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Take the device's configuration from FILE, and not from options.",
 )

@@ -16,8 +16,8 @@ from zramd.kernel import attach
 from zramd.service import handover, hardening, systemd, worker
 from zramd.service.candidate import stand_by
 from zramd.service.config import Config
-from zramd.service.runtime import claim
-from zramd.service.supervisor import supervise
+from zramd.service.runtime import claim, stay_there
+from zramd.service.supervisor import rehearse, supervise
 
 _DYING_S: Final = 60.0
 """A worker whose supervisor has died dies with it, as soon as its last request lets it."""
@@ -53,28 +53,34 @@ def command(
     form = "%(asctime)s %(levelname)s %(message)s" if background else "zramd: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form)
     handed = handover.received()
-    config: Config | None
-    try:
-        config = config_of(file, options, found=restore is not None)
-    except ZramdError:
-        if handed is None or handed.role == "candidate":
-            raise
-        # The candidate has read the file, which has changed since. It has the pages to keep all
-        # the same; the next worker will say what is wrong, and the last of them leaves them here.
-        config = None
-    passed = systemd.passed()
-    # The claim comes first: who is refused has taken no memory.
-    dying_s = 0 if passed.arena is None else _DYING_S
-    with claim(name, wait_s=dying_s) if handed is None else handed.claimed(name) as held:
+    goes_on = handed is not None and handed.role == "supervisor"
+    with systemd.restarted(lambda: goes_on):
+        stay_there()
+        passed = systemd.passed()
+        config: Config | None
+        try:
+            config = config_of(file, options, found=restore is not None)
+        except ZramdError:
+            if not goes_on and passed.arena is None:
+                raise
+            # The file has changed since it was read. We have the pages to keep all the same; the
+            # next worker will say what is wrong, and the last of them leaves them here.
+            config = None
+        # The claim comes first: who is refused has taken no memory.
+        dying_s = 0 if passed.arena is None else _DYING_S
+        claimed = claim(name, wait_s=dying_s) if handed is None else handed.claimed(name)
+    with claimed as held:
         harden = config is None or config.use is not None
-        if handed is not None and handed.role == "candidate":
+        log = held.paths.log if background else None
+        if handed is not None and not goes_on:
+            rehearse(held, handed, harden=harden, log=log)
             link = stand_by(handed, harden=harden)
         else:
-            log = held.paths.log if background else None
             link = supervise(held, harden=harden, log=log, passed=passed, handed=handed)
         # From here on in each worker: the first, and those that take over.
-        config = config or config_of(file, options, found=restore is not None)
-        zram, missing = worker.build(name, config, link, restore)
+        with worker.pages_stay(link):
+            config = config or config_of(file, options, found=restore is not None)
+            zram, missing = worker.build(name, config, link, restore)
         for what in missing:
             talk(f"{name} can do without, but had better have, {what}")
         if config.disksize not in (None, zram.disksize) and not link.takes_over:

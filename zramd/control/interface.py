@@ -16,7 +16,8 @@ Guarantees
 3. Stop goes through a reset, so it cannot race a client that connects meanwhile: that client
    either makes it fail with DeviceBusy, or is refused for want of a disksize.
 4. Upgrade is answered by the process that is replaced, before it is: who called sees the end of the
-   connection then, and is told by the lock file who has come.
+   connection then, and is told by the lock file who has come. It is refused while a call is under
+   way that it would cut short.
 
 The client uses DeviceInterface for its signatures only; this module must not load a compressor.
 """
@@ -36,7 +37,7 @@ from asyncvarlink import (
     varlinkmethod,
 )
 
-from zramd.errors import NotSupported, ZramdError, by_slug
+from zramd.errors import DeviceBusy, NotSupported, SaveFailed, ZramdError, by_slug
 from zramd.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
         self._zram = zram
         self._stop = stop
         self._upgrade = upgrade
+        self._under_way: list[str] = []
 
     @varlinkmethod(return_parameter="value")
     def Get(self, attribute: str) -> str:
@@ -113,26 +115,34 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
     async def Reset(self, force: bool = False) -> None:
         """Drop all pages and the disksize. Refused while the device is open; force ends its
         connections instead."""
-        await asyncio.to_thread(_ask, self._zram.reset, force=force)
+        with self._alone("reset"):
+            await asyncio.to_thread(_ask, self._zram.reset, force=force)
 
     @varlinkmethod
     async def Save(self, file: FileDescriptor) -> None:
         """Write a snapshot of what is stored now to this file, open for writing and empty, while
         the device is in use. Its size tells how far that is."""
-        await asyncio.to_thread(_ask, _with, os.dup(file.fileno()), self._zram.save)
+        with self._alone("saved"):
+            await asyncio.to_thread(_ask, _with, os.dup(file.fileno()), self._zram.save)
 
     @varlinkmethod(return_parameter="lost")
     async def Restore(self, file: FileDescriptor) -> list[int]:
         """Make the device, which has no disksize, what this snapshot has. Its position tells how
         far that is. Returns the pages that were lost already when the snapshot was made."""
-        return await asyncio.to_thread(_ask, _with, os.dup(file.fileno()), self._zram.restore)
+        with self._alone("restored"):
+            return await asyncio.to_thread(_ask, _with, os.dup(file.fileno()), self._zram.restore)
 
     @varlinkmethod
     async def Stop(self, force: bool = False) -> None:
         """Reset, but for a file that the user keeps the device in, then end the server. Refused as
         Reset is."""
-        await asyncio.to_thread(_ask, self._zram.close, force=force)
-        self._stop()
+        with self._alone("stopped"), _told():
+            try:
+                await asyncio.to_thread(self._zram.close, force=force)
+            except SaveFailed:  # the device has ended all the same
+                self._stop()
+                raise
+            self._stop()
 
     @varlinkmethod(return_parameter="process")
     async def Upgrade(self, program: list[str]) -> int:
@@ -146,7 +156,21 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
                     hint="only `zramd serve` and `zramd up` start one that can; take the device"
                     " down, and start it anew",
                 )
+            if self._under_way:
+                raise DeviceBusy(
+                    f"{self._zram.name} is being {self._under_way[0]}",
+                    hint="try again when that has ended",
+                )
             return await self._upgrade(program)
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """No upgrade begins meanwhile."""
+        self._under_way.append(what)
+        try:
+            yield
+        finally:
+            self._under_way.remove(what)
 
 
 def _with(descriptor: int, function: Callable[[int], _T]) -> _T:

@@ -43,9 +43,16 @@ class Candidate:
     has ended, or the `deadline` has come."""
 
     def __init__(
-        self, program: list[str], asker: socket.socket, claim: int, arena: int | None
+        self,
+        program: list[str],
+        asker: socket.socket,
+        claim: int,
+        arena: int | None,
+        told: set[int],
+        deaths: list[float],
     ) -> None:
-        """Move 1. `asker` is told what becomes of it. Raises OSError."""
+        """Move 1. `asker` is told what becomes of it; `told` and `deaths` are what a supervisor
+        leaves, for it to try. Raises OSError."""
         self.program = program
         self.loaded = False
         self.version = ""
@@ -74,7 +81,9 @@ class Candidate:
                 stderr = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)
                 os.dup2(says, 2)
                 shown = {_STDERR: stderr} if arena is None else {_STDERR: stderr, ARENA: arena}
-                Handover("candidate", claim, theirs.fileno(), shown).execute(program)
+                Handover(
+                    *("candidate", claim, theirs.fileno(), shown), told=list(told), deaths=deaths
+                ).execute(program)
             except BaseException as error:
                 os.write(2, f"zramd: cannot run {program[:1]}: {error}\n".encode())
             finally:
@@ -93,11 +102,11 @@ class Candidate:
                 message = self.socket.recv(MESSAGE, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 pass
-            except ConnectionError:
+            except OSError:
                 self._heard.discard(self.socket.fileno())
             else:
                 self._heard.discard(self.socket.fileno())  # it has nothing more to say
-                verb, _, version = message.decode().partition("\0")
+                verb, _, version = message.decode(errors="replace").partition("\0")
                 if verb == "loaded":
                     self.loaded, self.version = True, version
                     self.deadline = time.monotonic() + LEAVE_S

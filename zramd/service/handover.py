@@ -15,10 +15,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 from zramd import __version__
 from zramd.errors import ServerFailed
+from zramd.service import systemd
 from zramd.service.runtime import Claim, Paths
 
 _VARIABLE: Final = "ZRAMD_HANDOVER"
@@ -38,8 +39,6 @@ class Handover:
     descriptors: dict[str, int]
     """What a supervisor keeps, by its name; of a candidate, what it looks at."""
     worker: int = 0
-    locked: list[str] = field(default_factory=list)
-    """Names of what is to be kept in memory."""
     told: list[int] = field(default_factory=list)
     """Signals that each worker is told."""
     deaths: list[float] = field(default_factory=list)
@@ -75,7 +74,11 @@ def received() -> Handover | None:
     text = os.environ.pop(_VARIABLE, None)
     if text is None:
         return None
-    state = json.loads(text)
+    with systemd.restarted(lambda: '"role": "supervisor"' in text):
+        return _understood(json.loads(text))
+
+
+def _understood(state: dict[str, Any]) -> Handover:
     if (their_format := state.pop("format")) != FORMAT:
         raise ServerFailed(
             f"zramd {state.get('version')} hands over in format {their_format}, and zramd"

@@ -26,6 +26,7 @@ import logging.handlers
 import os
 import queue
 import re
+import signal
 import stat
 import threading
 from collections.abc import Iterator
@@ -107,7 +108,10 @@ def log_beside() -> None:
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     writer = logging.handlers.QueueListener(lines, *root.handlers)
     root.handlers[:] = [logging.handlers.QueueHandler(lines)]
+    # It is there at the end, too, and is not to take a signal that the main thread has blocked.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     writer.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     atexit.register(writer.stop)
 
 

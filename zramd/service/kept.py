@@ -29,21 +29,20 @@ class Kept:
         self._locked: dict[str, mmap.mmap] = {}
         self._store = Store()
 
-    @property
-    def locked(self) -> list[str]:
-        """The names of what is kept in memory."""
-        return list(self._locked)
-
-    def keep(self, name: str, descriptor: int) -> None:
-        """In the place of what had that name."""
+    def keep(self, name: str, descriptor: int, *, stored: bool = False) -> None:
+        """In the place of what had that name. `stored`: systemd has it already, and would complain
+        of another."""
         self.drop(name)
         self.descriptors[name] = descriptor
-        if name == ARENA:
+        if name == ARENA and not stored:
             self._store.keep(name, descriptor)
 
     def lock(self, name: str) -> None:
-        """It is memory, and is to stay there. Raises OSError."""
+        """An arena that is reserved is to stay in memory; anything else may go where it likes.
+        Raises OSError."""
         descriptor = self.descriptors[name]
+        if name != ARENA or not is_reserved(descriptor):
+            return
         memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
         lock_in_memory(memory)
         self._locked[name] = memory

@@ -17,13 +17,16 @@ import threading
 from typing import Final
 
 from zramd import __version__
-from zramd.errors import DeviceBusy, ServerFailed
+from zramd.errors import BadValue, DeviceBusy, ServerFailed
 
 MESSAGE: Final = 64 << 10
 """Bytes. Names are addresses, of about 110 bytes at most."""
 OK: Final = b"+"
+_MOST_SAID: Final = 8 << 10
 MOST_KEPT: Final = 253
 """Descriptors that one message can carry (SCM_MAX_FD)."""
+
+TELL_TO_END: Final = (signal.SIGTERM, signal.SIGINT)
 
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -45,6 +48,7 @@ class Link:
         self._socket = sock
         self._lock = threading.Lock()  # held from a question to its answer
         self._stderr = stderr
+        self._served = takes_over  # and not told to end
         self.kept = kept
         """What a predecessor has handed over: descriptors, the worker's own, by name."""
         self.takes_over = takes_over
@@ -56,6 +60,12 @@ class Link:
     def waits(self) -> bool:
         """Whether a predecessor serves until we take our turn, and serves on where we fail."""
         return self._stderr is not None
+
+    @property
+    def relied_on(self) -> bool:
+        """Whether somebody may use what we serve, and has not told us to end: should we fail, the
+        pages are another's to go on with."""
+        return self._served and not self.waits
 
     def take_turn(self) -> None:
         """Say that we are loaded, and wait until the predecessor has gone; `kept` is ours then, and
@@ -76,10 +86,10 @@ class Link:
         os.close(self._stderr)
         self._stderr = None
 
-    def keep(self, name: str, descriptor: int, *, lock: bool = False) -> None:
-        """Hand `descriptor` over, in the place of what had that name; `lock`: it is memory, to be
-        kept there. Returns when that is done. Raises ServerFailed."""
-        self._ask(["lock" if lock else "keep", name], [descriptor])
+    def keep(self, name: str, descriptor: int) -> None:
+        """Hand `descriptor` over, in the place of what had that name. Returns when that is done.
+        Raises ServerFailed."""
+        self._ask(["keep", name], [descriptor])
 
     def drop(self, name: str) -> None:
         """Have no more of that name. Raises ServerFailed."""
@@ -88,20 +98,34 @@ class Link:
     def ready(self) -> None:
         """From now on our end is a death. Raises ServerFailed."""
         self._ask(["ready"], [])
+        self._served = True
 
     def ending(self) -> None:
-        """From now on it is none, whatever comes of it. Raises ServerFailed."""
+        """From now on it is none, whatever comes of it; and no other signal to end makes it worse:
+        a file of the user's is good only when it is closed. Raises ServerFailed."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, TELL_TO_END)
         self._ask(["ending"], [])
+        self._served = False
+
+    def failing(self, why: str) -> None:
+        """This is what our death, which comes next, is to be put down to. Raises ServerFailed."""
+        self._ask(["failing", why[:_MOST_SAID]], [])
 
     def upgrade(self, program: list[str]) -> int:
         """Have `program` loaded, to go on in our place; its process. From then on it waits for our
-        end. Raises DeviceBusy, and ServerFailed where it cannot go on."""
+        end. Raises DeviceBusy, BadValue, and ServerFailed where it cannot go on."""
+        if len("\0".join(program).encode(errors="replace")) > _MOST_SAID:
+            raise BadValue(
+                f"the program {program[0][:80]!r} has more than {_MOST_SAID} bytes of arguments",
+                hint="name one that takes fewer",
+            )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             with theirs:
                 refusal = self._answer(["upgrade", *program], [theirs.fileno()])
             if refusal != OK:
-                raise DeviceBusy(f"it cannot be upgraded now: {refusal.decode()}")
+                why = refusal.decode(errors="replace")
+                raise DeviceBusy(f"it cannot be upgraded now: {why}")
             answer = ours.recv(MESSAGE)  # nobody else waits for this one
         if not answer.startswith(OK):
             why = answer.decode(errors="replace") or "its supervisor has given it up"
@@ -114,12 +138,14 @@ class Link:
     def _ask(self, words: list[str], descriptors: list[int]) -> None:
         answer = self._answer(words, descriptors)
         if answer != OK:
-            raise ServerFailed(f"the supervisor cannot {' '.join(words)}: {answer.decode()}")
+            why = answer.decode(errors="replace")
+            raise ServerFailed(f"the supervisor cannot {' '.join(words)}: {why}")
 
     def _answer(self, words: list[str], descriptors: list[int]) -> bytes:
         try:
             with self._lock:
-                socket.send_fds(self._socket, ["\0".join(words).encode()], descriptors)
+                message = "\0".join(words).encode(errors="replace")
+                socket.send_fds(self._socket, [message], descriptors)
                 return self._socket.recv(MESSAGE)
         except OSError as error:
             raise _silent(error) from error

@@ -60,6 +60,12 @@ def runtime_dir() -> Path:
     )
 
 
+def stay_there() -> None:
+    """Let the runtime directory be for this process, and those it starts, where it is now, though
+    it leaves the working directory."""
+    os.environ["ZRAMD_RUNTIME_DIR"] = os.fspath(runtime_dir())
+
+
 @dataclass(frozen=True, slots=True, init=False)
 class Paths:
     """The places of one device, whether or not they exist."""

@@ -18,9 +18,10 @@ An upgrade (`zramd upgrade`) changes the code of all this, and not the process:
 7. It is ready: we become that program too (`handover.py`), so that later workers are forks of it.
    Signals are blocked meanwhile, and come when it is there. That fails: we go on with our code.
 
-An end is a death when a worker has been ready, and this one did not say that it is about to end.
-Any other end is ours too, with its status. SIGTERM and SIGINT are passed on, and told again to a
-worker that comes after them; and SIGHUP, where it means that our terminal is gone.
+An end is a death when a worker has been ready, or its server has taken over from one that died, and
+it did not say that it is about to end. Any other end is ours too, with its status. SIGTERM and
+SIGINT are passed on, and told again to a worker that comes after them; and SIGHUP, where it means
+that our terminal is gone.
 
 While there is no worker, what swap may lie on is dead. So until one is ready again we say nothing
 and touch no file: a page of NAME/log may have been swapped out, as those of a tmpfs can be.
@@ -28,6 +29,8 @@ and touch no file: a page of NAME/log may have been swapped out, as those of a t
 Promises
 1. The worker dies with us: two of them never use one arena, whoever takes it over from us.
 2. The claim on the name is held as long as we live, and released by us alone.
+3. Nothing that a worker or a candidate says is the end of us. What else nobody foresaw ends us by a
+   signal while we have an arena, so that systemd starts another server with it.
 
 Assumes that it is called before there are threads, and by the program's main thread.
 """
@@ -50,10 +53,12 @@ from zramd.service import hardening, systemd
 from zramd.service.background import go_to_background
 from zramd.service.candidate import Candidate, how
 from zramd.service.handover import Handover
-from zramd.service.kept import PASSED, Kept, is_reserved, one
+from zramd.service.kept import PASSED, Kept, one
 from zramd.service.link import OK, Link, die_with, receive
 from zramd.service.runtime import Claim
 from zramd.service.systemd import ARENA
+from zramd.store import PAGE
+from zramd.store.header import Header
 
 MOST_DEATHS: Final = 5
 DEATHS_S: Final = 60.0
@@ -92,7 +97,16 @@ def supervise(
         supervisor.kept.keep(f"{PASSED} {n}", sock.detach())
     if passed.arena is not None:
         supervisor.adopt(passed.arena)
-    return supervisor.run(handed)
+    handed_pages = handed is not None and ARENA in handed.descriptors
+    foreseen = SystemExit, ServerFailed
+    with systemd.restarted(lambda: handed_pages or supervisor.has_pages, *foreseen):
+        return supervisor.run(handed)
+
+
+def rehearse(held: Claim, handed: Handover, *, harden: bool, log: Path | None) -> None:
+    """Take what a candidate is shown as `supervise` will take what it is handed: what cannot be
+    understood fails now, while another serves."""
+    _Supervisor(held, harden, log).learn(handed)
 
 
 class _Supervisor:
@@ -108,6 +122,7 @@ class _Supervisor:
         self._candidate: Candidate | None = None
         self._has_turn = False  # the candidate, which is the worker then, and not ready yet
         self._unreaped: set[int] = set()
+        self._why = ""  # the worker fails, in its own words
         self._was_ready = False
         self._adopted = False
         self._ending = False
@@ -118,12 +133,20 @@ class _Supervisor:
         if os.isatty(0) or os.isatty(2):
             self._passed_on.add(signal.SIGHUP)
 
+    @property
+    def has_pages(self) -> bool:
+        return ARENA in self.kept.descriptors
+
+    @property
+    def _relied_on(self) -> bool:
+        """Whether a worker that ends is to be followed by another."""
+        return self._was_ready or self._adopted
+
     def adopt(self, arena: int) -> None:
-        """Go on with this one, whose server has died with its worker."""
+        """Go on with this one, whose server has died with its worker. Raises BadArena."""
+        Header.unpack(os.pread(arena, PAGE, 0), os.fstat(arena).st_size)
         self._adopted = True
-        self.kept.keep(ARENA, arena)
-        if is_reserved(arena):
-            self._keep_in_memory(ARENA)
+        self._keep_again(ARENA, arena)
         self._to_say.append("the server has died: another has taken over its pages")
 
     def run(self, handed: Handover | None) -> Link:
@@ -146,7 +169,7 @@ class _Supervisor:
                 try:
                     link = self._fork()
                 except OSError as error:
-                    if not self._was_ready:
+                    if not self._relied_on:
                         raise ServerFailed(f"no worker can be started: {error.strerror}") from error
                     self._has_died(f"could not be started ({error.strerror})")
                     continue
@@ -160,11 +183,12 @@ class _Supervisor:
             status = self._attend()
             self._socket.close()
             self._worker = 0
-            if self._ending or not self._was_ready:
+            if self._ending or not self._relied_on:
                 self._give_candidate_up("the server has ended")
                 self._end(status)
+            why, self._why = self._why, ""
             if not self._give_turn():
-                self._has_died(how(status))
+                self._has_died(f"{how(status)} ({why})" if why else how(status))
 
     def _has_died(self, how: str) -> None:
         """Returns when there is to be another."""
@@ -196,7 +220,7 @@ class _Supervisor:
         ours.close()
         self.kept.is_a_workers()
         self._held.disown()
-        return Link(theirs, self.kept.descriptors, self._missing, self._was_ready or self._adopted)
+        return Link(theirs, self.kept.descriptors, self._missing, self._relied_on)
 
     def _attend(self) -> int:
         """Serve the worker until it has ended; its exit code, negative for a signal."""
@@ -236,25 +260,29 @@ class _Supervisor:
             message, descriptors = receive(self._socket, 1)
         except ConnectionError:
             return False
+        except OSError:
+            return True  # no memory for it now
         if not message:
             return False
-        verb, *words = message.decode().split("\0")
+        verb, *words = message.decode(errors="replace").split("\0")
         answer = OK
         try:
             if verb == "ready":
                 pass
             elif verb == "ending":
                 self._ending = True
+            elif verb == "failing":
+                (self._why,) = words
             elif verb == "upgrade":
                 self._begin_upgrade(words, descriptors)
             elif verb == "drop":
                 self.kept.drop(words[0])
+            elif verb == "keep":
+                self._keep(words[0], one(descriptors))
             else:
-                self.kept.keep(words[0], one(descriptors))
-                if verb == "lock":
-                    self._lock(words[0])
-        except OSError as error:
-            answer = str(error).encode()
+                raise ValueError(f"zramd {__version__} knows no such question")
+        except Exception as error:  # it fails, and not we
+            answer = str(error).encode(errors="replace") or type(error).__name__.encode()
         try:
             self._socket.send(answer)
         except OSError:
@@ -263,7 +291,8 @@ class _Supervisor:
             self._begin()
         return True
 
-    def _lock(self, name: str) -> None:
+    def _keep(self, name: str, descriptor: int) -> None:
+        self.kept.keep(name, descriptor)
         try:
             self.kept.lock(name)
         except OSError:
@@ -294,7 +323,9 @@ class _Supervisor:
             if self._told or self._ending:
                 raise OSError("it has been told to end")
             arena = self.kept.descriptors.get(ARENA)
-            self._candidate = Candidate(program, asker, self._held.fileno(), arena)
+            self._candidate = Candidate(
+                *(program, asker, self._held.fileno(), arena), self._told, list(self._deaths)
+            )
         except OSError:
             asker.close()
             raise
@@ -304,7 +335,7 @@ class _Supervisor:
         if candidate is None or self._has_turn:
             return
         reason = candidate.look()
-        if reason is None and self._told and not candidate.loaded:
+        if reason is None and (self._ending or (self._told and not candidate.loaded)):
             reason = "the server has been told to end"
         if reason is not None:
             if candidate.loaded:
@@ -346,7 +377,6 @@ class _Supervisor:
                 *("supervisor", self._held.fileno(), self._socket.fileno()),
                 self.kept.descriptors,
                 worker=self._worker,
-                locked=self.kept.locked,
                 told=list(self._told),
                 deaths=list(self._deaths),
             ).execute(candidate.program)
@@ -357,19 +387,23 @@ class _Supervisor:
 
     def _resume(self, handed: Handover) -> None:
         """Be what another program has been in this process until it has become ours."""
-        self._was_ready = True
         for name, descriptor in handed.descriptors.items():
-            self.kept.keep(name, descriptor)
-            if name in handed.locked:
-                self._keep_in_memory(name)
+            self._keep_again(name, descriptor)
         self._worker, self._socket = handed.worker, socket.socket(fileno=handed.link)
-        self._told |= set(handed.told)
-        self._deaths.extend(handed.deaths)
-        self._to_say.append(f"zramd {__version__} has taken over from zramd {handed.version}")
+        self.learn(handed)
         self._begin()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
 
-    def _keep_in_memory(self, name: str) -> None:
+    def learn(self, handed: Handover) -> None:
+        """All of it that is no descriptor."""
+        self._was_ready = True
+        self._told |= {int(signal.Signals(number)) for number in handed.told}
+        self._deaths.extend(float(at) for at in handed.deaths)
+        self._to_say.append(f"zramd {__version__} has taken over from zramd {handed.version}")
+
+    def _keep_again(self, name: str, descriptor: int) -> None:
+        """What another supervisor has kept, and has had stored."""
+        self.kept.keep(name, descriptor, stored=True)
         try:
             self.kept.lock(name)
         except OSError as error:  # the worker has it locked, while there is one

@@ -1,5 +1,6 @@
 """systemd's side of a server: what it passes (sd_listen_fds(3)), what it is told (sd_notify(3)),
-and what it keeps for us, should we die (FDSTORE). Without systemd, all of this is nothing.
+and what it keeps for us, should we die (FDSTORE). Without systemd, all of this is nothing; but a
+server that has pages and fails in a way that nobody foresaw ends by a signal all the same.
 
 Nothing here ever waits for systemd, whose memory may lie on our swap: what it cannot take now is
 told the next time.
@@ -9,8 +10,12 @@ import array
 import asyncio
 import logging
 import os
+import signal
 import socket
 import stat
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 from zramd import sizes
@@ -124,6 +129,24 @@ class Store:
 def _address() -> str:
     address = os.environ.get("NOTIFY_SOCKET", "")
     return "\0" + address[1:] if address.startswith("@") else address
+
+
+@contextmanager
+def restarted(has_pages: Callable[[], bool], *foreseen: type[BaseException]) -> Iterator[None]:
+    """What is raised in it, and is not `foreseen`, ends this process by a signal while it has
+    pages: only then does Restart=on-abnormal start another with them. A status says that it is
+    over with them."""
+    try:
+        yield
+    except foreseen:
+        raise
+    except BaseException:
+        if not has_pages():
+            raise
+        try:
+            traceback.print_exc()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)  # not abort(): the core would be all the pages
 
 
 class Manager:

@@ -7,7 +7,8 @@ drop the pages; remove the sockets. What must outlive it, it hands to its superv
 Or leave, in an upgrade: all that was sent is answered, the pages and the sockets stay.
 
 Guarantees
-1. When anything fails before readiness, all that was made is removed, and the error says what.
+1. When anything fails before readiness, all that was made is removed, and the error says what. But
+   a worker that has taken over, or was ready, leaves all to another, and says why by that one.
 2. Readiness is told once all sockets listen: by sd_notify(3), and by one line on stderr.
 3. Who takes over says which pages did not survive, one by one; these answer EIO.
 
@@ -24,9 +25,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,13 +37,13 @@ from typing import Final
 from zramd import heap, sizes
 from zramd.control.server import ControlServer
 from zramd.device import Settings, Zram
-from zramd.errors import BadArena, BadValue, NotHardened, ServerFailed
+from zramd.errors import BadArena, BadValue, NotHardened, ServerFailed, ZramdError
 from zramd.nbd.address import UnixAddress
 from zramd.nbd.server import THREADS, Server, address_of
 from zramd.service import hardening, systemd
 from zramd.service.background import go_to_background
 from zramd.service.config import Config
-from zramd.service.kept import PASSED, SETTINGS, is_reserved
+from zramd.service.kept import PASSED, SETTINGS
 from zramd.service.link import Link
 from zramd.service.runtime import Paths
 from zramd.service.systemd import ARENA
@@ -173,7 +175,7 @@ def _hand_over(link: Link, descriptor: int | None) -> None:
     if descriptor is None:
         link.drop(ARENA)
     else:
-        link.keep(ARENA, descriptor, lock=is_reserved(descriptor))
+        link.keep(ARENA, descriptor)
 
 
 def _hand_settings_over(link: Link, settings: Settings) -> None:
@@ -219,10 +221,10 @@ def run(
 ) -> None:
     """Serve `zram`, which `build` has made, until told to end, and close it.
 
-    `background`: from readiness on, stdout and stderr go
-    to NAME/log and the working directory is the root, so that the process holds neither its
-    starter's terminal nor any mount. `reconnect` is called in a thread by who has taken over, when
-    it serves NBD: the kernel's connection has ended with the predecessor.
+    `background`: from readiness on, stdout and stderr go to NAME/log and the working directory is
+    the root, so that the process holds neither its starter's terminal nor any mount. `reconnect` is
+    called in a thread by who has taken over, when it serves NBD: the kernel's connection has ended
+    with the predecessor.
 
     Raises ServerExists where a socket is taken, BadValue for an address.
     """
@@ -233,7 +235,31 @@ def run(
         if leaving.is_set():
             # No word more: the log may lie on swap, and nobody serves that until we have gone.
             os._exit(0)
-        zram.close()
+        if not link.relied_on:
+            zram.close()
+
+
+@contextmanager
+def pages_stay(link: Link) -> Iterator[None]:
+    """A worker that fails in it, and has pages on which somebody relies, ends at once, as if
+    killed: no client gets an error, and the next worker finds all in its place."""
+    try:
+        yield
+    except BaseException as error:
+        if not link.relied_on:
+            raise
+        # Not to be said by us: the log may lie on the swap that nobody serves now.
+        try:
+            link.failing(_in_words(error))
+        finally:
+            os._exit(error.exit_code if isinstance(error, ZramdError) else 1)
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, ZramdError):
+        return error.line()
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"unforeseen: {type(error).__name__}: {error}, in {at.filename}, line {at.lineno}"
 
 
 async def _serve(
@@ -273,8 +299,12 @@ async def _serve(
 
     control = ControlServer(zram, paths.control_socket, ended.set, upgrade)
 
+    def end_saving() -> None:
+        zram.end_saving(f"the server of {zram.name} ends, or leaves to another")
+
     async def close_control() -> None:
         await control.close(leave=leaving.is_set())
+        end_saving()  # one more may have begun
 
     async def close_server() -> None:
         await server.close(leave=leaving.is_set())
@@ -289,6 +319,7 @@ async def _serve(
             ends.callback(asyncio.create_task(keeper).cancel)
         ends.push_async_callback(close_control)
         ends.push_async_callback(close_server)
+        ends.enter_context(pages_stay(link))  # before the others, and instead
         for asked_for in (UnixAddress(paths.nbd_socket), *asked):
             name = f"listen {asked_for}"
             for n, descriptor in enumerate(await server.listen(asked_for, _kept(link, name))):
@@ -316,6 +347,7 @@ async def _serve(
         if config.use:
             hardening.settle()
         await ended.wait()
+        end_saving()
         if not leaving.is_set():
             link.ending()
             manager.tell(STOPPING="1")
