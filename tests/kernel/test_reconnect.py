@@ -215,3 +215,31 @@ def test_an_attach_takes_an_old_file_away(kernel: Kernel, monkeypatch: pytest.Mo
     monkeypatch.setattr(tools, "wait_until", lambda _fact: True)
     assert nbd.attach(kernel.directory, Path("nbd.sock"), "", None) == NODE
     assert not old.exists()
+
+
+def test_a_dead_connection_is_cut_for_who_has_not_its_pages_and_no_other(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[int] = []
+    monkeypatch.setattr(netlink, "nbd_disconnect", cut.append)
+    assert attach.cut_if_dead("zram0") is None
+    kernel.kill_server()
+    assert attach.cut_if_dead("zram1") is None
+    assert cut == []
+    assert attach.cut_if_dead("zram0") == attach.Attachment("zram0", NODE, "nbd")
+    assert cut == [7]
+
+
+def test_the_connections_of_other_programs_are_known_by_their_process(kernel: Kernel) -> None:
+    (kernel.queue / "pid").write_text("12\n")
+    other = kernel.queue.parent / "nbd8"
+    other.mkdir()
+    (other / "pid").write_text("34\n")
+    assert attach.others() == {34: "/dev/nbd8"}
+
+
+def test_who_may_connect_is_root_with_its_capability() -> None:
+    status = Path("/proc/self/status").read_text()
+    capable = int(status.partition("CapEff:")[2].split()[0], 16) >> 21 & 1
+    assert attach.may_connect(os.getpid()) == (os.geteuid() == 0 and bool(capable))
+    assert attach.may_connect(1 << 30)

@@ -398,3 +398,14 @@ main()"""
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(20) == 0
     thread.join()
+
+
+def test_what_waits_for_an_earlier_server_gets_errors_when_one_starts_without_its_pages(start):
+    code = """from zramd.cli import main
+from zramd.kernel import attach
+attach.cut_if_dead = lambda name: attach.Attachment(name, "/dev/nbd7", "nbd")
+main()"""
+    server = start(starter=instead(code))
+    assert server.said("/dev/nbd7 was cut off") == 1
+    server.kill_worker()
+    assert server.said("/dev/nbd7 was cut off") == 1

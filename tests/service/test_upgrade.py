@@ -17,6 +17,7 @@ from tests.service.server import CONTENTS, ROOT, Server, check, instead, lives, 
 from zramd import __version__
 from zramd.cli import upgrade
 from zramd.errors import DeviceBusy, ServerFailed, ZramdError
+from zramd.kernel import attach
 from zramd.nbd.address import UnixAddress
 from zramd.service import handover
 from zramd.store import PAGE
@@ -362,6 +363,17 @@ def test_one_upgrade_at_a_time(start):
     is_as_before(server, server.worker)
 
 
+def test_a_candidate_that_hangs_at_its_turn_is_followed_by_the_old_code(start, monkeypatch):
+    monkeypatch.setenv("READY_S", "0.5")
+    server = start(module="tests.unlimited")
+    write(server)
+    before = server.worker
+    candidate = ask(server, SLEEPS_AT_ITS_TURN)
+    wait_for(lambda: server.worker not in (before, candidate, server.process.pid))
+    wait_for(lambda: server.said("it was not ready in time"))
+    check(server)
+
+
 def test_a_worker_that_ends_is_not_killed_for_not_leaving(start, monkeypatch):
     monkeypatch.setenv("LEAVE_S", "0.1")
     code = """import time
@@ -391,6 +403,44 @@ def test_a_server_that_is_told_to_end_and_in_use_is_not_upgraded(start):
             ask(server, program())
         assert client.read(0, PAGE) == bytes(PAGE)
     assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("root", ["checkout", "site-packages"])
+def test_the_program_takes_nothing_but_zramd_from_where_that_is(tmp_path, monkeypatch, root):
+    """Where it is installed there may be modules with the names of Python's own."""
+    where = tmp_path / root
+    shutil.copytree(ROOT / "zramd", where / "zramd", ignore=shutil.ignore_patterns("__pycache__"))
+    (where / "decimal.py").write_text("raise RuntimeError('this is not Python')")
+    monkeypatch.setattr(upgrade.zramd, "__file__", str(where / "zramd/__init__.py"))
+    *start, code = upgrade._program()
+    looks = "; import decimal; print(zramd.cli.__file__)"
+    said = subprocess.run(
+        [*start, code.removesuffix("; main()") + looks], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == f"{where}/zramd/cli/__init__.py\n"
+
+
+def test_a_device_whose_connection_would_not_be_made_again_is_not_upgraded(start, monkeypatch):
+    server = start()
+    write(server)
+    worker = server.worker
+    attachment = attach.Attachment("s0", "/dev/loop0", "loop")
+    with monkeypatch.context() as patch:
+        patch.setattr(attach, "attached", lambda _: attachment)
+        with pytest.raises(DeviceBusy, match="attached as /dev/loop0 through loop"):
+            upgrade.command.callback("s0")
+    attachment = attach.Attachment("s0", "/dev/nbd0", "nbd")
+    with monkeypatch.context() as patch:
+        patch.setattr(attach, "attached", lambda _: attachment)
+        patch.setattr(attach, "may_connect", lambda _: False)
+        with pytest.raises(DeviceBusy, match="may not connect /dev/nbd0 again"):
+            upgrade.command.callback("s0")
+    with server.client() as client, monkeypatch.context() as patch:
+        patch.setattr(attach, "others", lambda: {os.getpid(): "/dev/nbd7"})
+        with pytest.raises(DeviceBusy, match="/dev/nbd7 is connected to it"):
+            upgrade.command.callback("s0")
+        assert client.read(0, PAGE) == CONTENTS[0]
+    is_as_before(server, worker)
 
 
 def test_a_server_without_a_worker_says_so(start):

@@ -89,6 +89,8 @@ def command(
         reserved = zram.statistics().mem_reserved
         if reserved and not link.takes_over:
             talk(f"{sizes.human(reserved)} of RAM are reserved for {name}")
+        if not link.takes_over:
+            _end_what_waits(name)
         if config.use:
             hardening.log_beside()
         worker.run(
@@ -96,3 +98,14 @@ def command(
             background=background,
             reconnect=partial(attach.reconnect, name, held.paths.nbd_socket, name, dead=True),
         )
+
+
+def _end_what_waits(name: str) -> None:
+    """For the pages of a server that was killed and had them nowhere else."""
+    try:
+        was = attach.cut_if_dead(name)
+    except (ZramdError, OSError) as error:
+        talk(f"what waits for an earlier server of {name} waits on: {error}")
+        return
+    if was is not None:
+        talk(f"{was.node} was cut off: the earlier server of {name} has died with its pages")

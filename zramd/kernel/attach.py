@@ -38,6 +38,8 @@ from zramd.service.runtime import Paths
 
 Via = Literal["nbd", "loop"]
 
+_CAP_SYS_ADMIN: Final = 21
+
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
@@ -145,6 +147,33 @@ def attached(name: str) -> Attachment | None:
         if node is not None:
             return Attachment(name, node, via)
     return None
+
+
+def others() -> dict[int, str]:
+    """Nodes that another program than ours, such as nbd-client, has connected to some server, by
+    its process. Nobody connects these again."""
+    return nbd.others()
+
+
+def may_connect(process: int) -> bool:
+    """Whether `process` may `reconnect`; True where that cannot be told."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return True
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    is_root = fields["Uid"].split()[1] == "0"
+    return is_root and bool(int(fields["CapEff"], 16) >> _CAP_SYS_ADMIN & 1)
+
+
+def cut_if_dead(name: str) -> Attachment | None:
+    """End the node's connection where its server is dead, for one that has not its pages; what was
+    cut. Whoever waits for them gets errors. Raises AttachFailed, OSError."""
+    existing = attached(name)
+    if existing is None or existing.via != "nbd" or nbd.alive(existing.node):
+        return None
+    nbd.cut(existing.node)
+    return existing
 
 
 def cut(attachment: Attachment) -> None:

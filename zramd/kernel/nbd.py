@@ -178,6 +178,20 @@ def find(directory: Path) -> str | None:
     return None
 
 
+def others() -> dict[int, str]:
+    """The nodes that are connected and not by us, by the process that has connected each."""
+    found = {}
+    for path in SYS_BLOCK.glob("nbd*/pid"):
+        node = f"/dev/{path.parent.name}"
+        if _identifier(node)[0].startswith("zramd:"):
+            continue
+        try:
+            found[int(path.read_text())] = node
+        except (OSError, ValueError):
+            pass  # it has just been disconnected
+    return found
+
+
 def alive(node: str) -> bool:
     """Whether the node's connection still has its server."""
     holder, first = _identifier(node)

@@ -34,6 +34,10 @@ LEAVE_S: Final = 10.0
 """For the worker to end, before it is killed. It takes 0.1 s under load, 2 s with a client that
 does not read."""
 
+READY_S: Final = 60.0
+"""For it to be ready, from its turn on, and a second more for each GiB that is stored: 1 us a page,
+and 2 s for the kernel."""
+
 _STDERR: Final = "stderr"
 _MOST_SAID: Final = 4096
 
@@ -120,7 +124,8 @@ class Candidate:
         return None
 
     def wait(self) -> bool:
-        """Whether the deadline, that of the worker's leave now, has come; once."""
+        """Whether the deadline has come, of the worker's leave, or of our own readiness when it
+        has its turn; once."""
         if not self.loaded or time.monotonic() <= self.deadline:
             return False
         self.deadline = math.inf
@@ -131,6 +136,8 @@ class Candidate:
         message = OK + "".join(f"\0{name}" for name in kept).encode()
         socket.send_fds(self.socket, [message], list(kept.values()))
         self._close()
+        stored = os.fstat(kept[ARENA]).st_blocks * 512 if ARENA in kept else 0
+        self.deadline = time.monotonic() + READY_S + stored / (1 << 30)
 
     def give_up(self, reason: str) -> int:
         """End it, and say why; the process to be reaped, 0 where that is done: its end may have to

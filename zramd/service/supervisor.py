@@ -14,7 +14,8 @@ An upgrade (`zramd upgrade`) changes the code of all this, and not the process:
 5. The worker asks for a program to go on. It is started as a candidate (`candidate.py`), and while
    that loads nothing changes. It fails: the worker is told why, and serves on.
 6. It has loaded: the worker leaves, and is killed where it does not. The candidate is the worker
-   then. It dies before it is ready: a death as any other, and a fork of the old code comes.
+   then. It dies before it is ready, or is killed as it is not in time: a death as any other, and a
+   fork of the old code comes.
 7. It is ready: we become that program too (`handover.py`), so that later workers are forks of it.
    Signals are blocked meanwhile, and come when it is there. That fails: we go on with our code.
 
@@ -246,8 +247,8 @@ class _Supervisor:
         if asks:
             poll.register(self._socket, select.POLLIN)
         within_ms = None
-        if self._candidate is not None and not self._has_turn:
-            for descriptor in self._candidate.sources - {self._socket.fileno()}:
+        if self._candidate is not None:
+            for descriptor in self._candidate.sources if not self._has_turn else ():
                 poll.register(descriptor, select.POLLIN)
             left = self._candidate.deadline - time.monotonic()
             if left < math.inf:
@@ -332,7 +333,12 @@ class _Supervisor:
 
     def _look_at_candidate(self) -> None:
         candidate = self._candidate
-        if candidate is None or self._has_turn:
+        if candidate is None:
+            return
+        if self._has_turn:
+            if candidate.wait():
+                self._why = "it was not ready in time"
+                os.kill(self._worker, signal.SIGKILL)
             return
         reason = candidate.look()
         if reason is None and (self._ending or (self._told and not candidate.loaded)):
