@@ -807,6 +807,43 @@ def test_who_leaves_has_no_more_answers_in_memory_than_a_kernel_asks_for(
     running.close()
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_who_leaves_begins_no_more_than_there_is_room_for(zram, tmp_path, held, monkeypatch, reads):
+    monkeypatch.setattr(connection, "_IN_FLIGHT", 4)
+    monkeypatch.setattr(connection, "LEAVE_SECONDS", 20 if reads else 0.5)
+    monkeypatch.setattr(server_module, "LEAVE_SECONDS", 20 if reads else 0.5)
+    running = RunningServer(zram)
+    address = running.listen(UnixAddress(tmp_path / "nbd.sock"))
+    begun: list[int] = []
+    submit = connection.Connection._submit
+
+    def count(self, opener, request):
+        submit(self, opener, request)
+        begun.append(self._in_flight)
+
+    monkeypatch.setattr(connection.Connection, "_submit", count)
+    n = 100
+    with RawClient(address) as client:
+        (served,) = running.server.live
+        closing = running.begin(running.server.close(leave=True))
+        wait_for(lambda: served._gathers)
+        client.send(b"".join(request(NBD_CMD_READ, 0, LONG, cookie=i) for i in range(n)))
+        wait_for(lambda: held.inside)
+        held.set()
+        if reads:
+            answered = []
+            for _ in range(n):
+                answered.append(client.reply()[0])
+                client.receive(LONG)
+            assert sorted(answered) == list(range(n))
+            assert client.ended()
+        closing.result(30)
+    assert max(begun) <= 4
+    assert reads or len(begun) < n
+    assert openers(zram) == ()
+    running.close()
+
+
 def test_close_does_not_wait_for_ever_for_a_peer_that_does_not_read(zram, tmp_path, monkeypatch):
     monkeypatch.setattr(server_module, "LINGER_SECONDS", 0.01)
     running = RunningServer(zram)

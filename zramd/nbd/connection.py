@@ -18,7 +18,8 @@ Promises:
 4. When we end the connection (a forced reset, `Server.close`), every request that the peer has sent
    whole is answered, unless it sends without a pause for GATHER_SECONDS in spite of getting no
    answer. Over TCP what is still on its way is lost all the same. Where we only leave, as another
-   process goes on for us, the answers are the true ones.
+   process goes on for us, the answers are the true ones; the bounds of promise 2 hold then too, and
+   for what was not begun by the cut there is no answer, as after a death.
 
 The kernel makes promise 4 an art. A request that its nbd has sent and that never gets an answer
 waits for ever; and when a send of its fails, it shuts its socket down and loses the answers that
@@ -92,6 +93,7 @@ class Connection(asyncio.BufferedProtocol):
         self._gathered: list[bytes] = []  # their answers, kept back
         self._gathered_bytes = 0
         self._quiet_since = self._deadline = 0.0
+        self._held_back = False  # requests, for want of room
         self._cut = False
         self._lost = False
         self._reading = True
@@ -292,18 +294,29 @@ class Connection(asyncio.BufferedProtocol):
     def _gather(self) -> None:
         """Move 1, and 3 after the cut."""
         assert self._receiver is not None
-        for request in self._receiver.requests():
+        self._held_back = not self._may_gather()
+        for request in self._receiver.requests() if not self._held_back else ():
             self._gather_answer(request)
+            if not self._may_gather():
+                self._held_back = True
+                break
         self._quiet_since = self._loop.time()
         if self._cut or self._receiver.ended:
             self._answer_gathered()
-        if self._receiver.ended:
+        if self._receiver.ended or (self._cut and self._held_back):
             self._begin_ending()
         elif self._cut and not self._peer_reads:
             self.abort()  # over TCP one can send after the cut, and need not read
-        elif not self._reading:
-            self._reading = True
-            self._transport.resume_reading()
+        elif self._held_back is self._reading:
+            self._reading = not self._held_back
+            if self._held_back:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    def _may_gather(self) -> bool:
+        """Errors need no room."""
+        return self._refusal is not None or self._has_room()
 
     def _gather_answer(self, request: Request) -> None:
         if self._refusal is not None:
@@ -325,7 +338,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._ending:
             return
         now = self._loop.time()
-        quiet = now - self._quiet_since >= QUIET_SECONDS and not self._in_flight
+        quiet = now - self._quiet_since >= QUIET_SECONDS
+        quiet = quiet and not self._in_flight and not self._held_back
         few = len(self._gathered) < _MOST_GATHERED and self._gathered_bytes < _MOST_GATHERED_BYTES
         if not quiet and few and now < self._deadline:
             self._timer = self._loop.call_later(QUIET_SECONDS / 4, self._end_when_quiet)
@@ -337,6 +351,8 @@ class Connection(asyncio.BufferedProtocol):
             pass  # the peer is gone, and we are about to hear it
         self._answer_gathered()
         self._timer = self._loop.call_later(LINGER_SECONDS, self.abort)
+        if self._held_back:
+            self._begin_ending()
 
     def _answer_gathered(self) -> None:
         gathered, self._gathered = self._gathered, []
