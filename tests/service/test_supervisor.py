@@ -16,6 +16,7 @@ import pytest
 import zramd.store.image
 from tests.nbd.harness import RawClient, request, wait_for
 from tests.service.server import CONTENTS, ROOT, Server, check, instead, lives, write
+from zramd.cli import upgrade
 from zramd.device import Zram
 from zramd.errors import BadValue, DeviceBusy, NoServer, ServerFailed, ZramdError
 from zramd.nbd.address import TcpAddress, UnixAddress
@@ -281,18 +282,23 @@ def test_a_worker_that_fails_when_it_has_taken_over_leaves_the_pages_to_the_next
     assert server.end() == 0
 
 
-def test_a_relative_runtime_directory_is_the_same_when_the_server_has_left_its_own(start):
-    runtime = os.environ["ZRAMD_RUNTIME_DIR"]
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_relative_paths_are_what_they_were_when_the_server_has_left_its_directory(
+    start, tmp_path, form
+):
+    runtime, file = os.environ["ZRAMD_RUNTIME_DIR"], tmp_path / "s0.toml"
+    file.write_text('disksize = "64M"\n')
     os.environ["ZRAMD_RUNTIME_DIR"] = os.path.relpath(runtime, ROOT)
+    config = form.format(os.path.relpath(file, ROOT)).split()
     try:
-        server = start("--disksize=64M", "--background", reader_leaves=True)
+        server = start(*config, "--background", reader_leaves=True)
     finally:
         os.environ["ZRAMD_RUNTIME_DIR"] = runtime
     write(server)
     wait_for(lambda: os.readlink(f"/proc/{server.process.pid}/cwd") == "/")
     before = server.worker
-    os.kill(before, signal.SIGKILL)
-    wait_for(lambda: server.worker not in (0, before))
+    upgrade.command.callback("s0")
+    assert server.worker != before
     check(server)
     assert server.end() == 0
 

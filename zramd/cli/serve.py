@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,8 @@ def command(
     goes_on = handed is not None and handed.role == "supervisor"
     with systemd.restarted(lambda: goes_on):
         stay_there()
+        if file is not None:
+            _say_where(file)
         passed = systemd.passed()
         config: Config | None
         try:
@@ -98,6 +101,16 @@ def command(
             background=background,
             reconnect=partial(attach.reconnect, name, held.paths.nbd_socket, name, dead=True),
         )
+
+
+def _say_where(file: Path) -> None:
+    """In our arguments too: a program that goes on for us reads the file again, from a working
+    directory that may be another."""
+    for n, argument in enumerate(sys.argv):
+        if argument.startswith("--config="):
+            sys.argv[n] = f"--config={file}"
+        elif sys.argv[n - 1] == "--config":
+            sys.argv[n] = os.fspath(file)
 
 
 def _end_what_waits(name: str) -> None:
