@@ -140,6 +140,16 @@ def test_an_upgrade_stores_what_it_had_stored(start, manager):
     assert manager.times == 1  # or the journal has an error for each
 
 
+def test_one_that_was_killed_while_it_closed_its_file_is_followed_too(start, manager, tmp_path):
+    file = tmp_path / "arena"
+    server = start("--disksize=64M", f"--arena={file}")
+    write(server)
+    die(server)
+    with file.open("ab") as behind:
+        behind.write(bytes(5000))
+    check(followed(start, manager.hear()[ARENA], "--disksize=64M", f"--arena={file}"))
+
+
 def test_who_is_passed_an_arena_tries_more_than_once(start, manager, tmp_path):
     server = start()
     write(server)

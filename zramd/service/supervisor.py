@@ -145,7 +145,8 @@ class _Supervisor:
 
     def adopt(self, arena: int) -> None:
         """Go on with this one, whose server has died with its worker. Raises BadArena."""
-        Header.unpack(os.pread(arena, PAGE, 0), os.fstat(arena).st_size)
+        # More behind it: one in a file, whose server was killed while it closed that.
+        Header.unpack(os.pread(arena, PAGE, 0), os.fstat(arena).st_size, more=True)
         self._adopted = True
         self._keep_again(ARENA, arena)
         self._to_say.append("the server has died: another has taken over its pages")
