@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from asyncvarlink import FileDescriptor
 
 import zramd
 from zramd import attributes, errors
@@ -404,3 +405,16 @@ def test_a_stop_that_cannot_seal_the_file_says_so_and_stops_all_the_same(
         with pytest.raises(SaveFailed, match="cannot be sealed"):
             control.stop()
     assert stopped.wait(10)
+
+
+def test_a_save_ends_with_who_wanted_it(control, zram):
+    zram.init(1 << 20)
+    while_open, kept_open = os.pipe()
+    os.close(kept_open)
+    file = os.memfd_create("snapshot")
+    ends = FileDescriptor(file), FileDescriptor(while_open)
+    with pytest.raises(SaveFailed, match="who wanted the snapshot has gone"):
+        control._call(control._device.Save(file=ends[0], while_open=ends[1]))
+    control.save(file)
+    os.close(while_open)
+    os.close(file)

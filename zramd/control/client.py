@@ -90,10 +90,16 @@ class Control:
 
     def save(self, file: int, going_on: Callable[[], None] = lambda: None) -> None:
         """Have a snapshot written to this descriptor; `going_on` is called every PROGRESS_S."""
-        call = self._begin(self._device.Save(file=FileDescriptor(file)))
-        while not self._wait(call, PROGRESS_S):
-            going_on()
-        self._call(call)
+        while_open, kept_open = os.pipe()  # it ends with us
+        try:
+            descriptors = FileDescriptor(file), FileDescriptor(while_open)
+            call = self._begin(self._device.Save(file=descriptors[0], while_open=descriptors[1]))
+            while not self._wait(call, PROGRESS_S):
+                going_on()
+            self._call(call)
+        finally:
+            os.close(while_open)
+            os.close(kept_open)
 
     def restore(self, file: int, going_on: Callable[[], None] = lambda: None) -> list[int]:
         """Have a snapshot read from this descriptor; `going_on` is called every PROGRESS_S. Returns

@@ -12,7 +12,7 @@ Guarantees
    for the requests that are inside, and writing disksize may allocate much. What only looks waits
    for nothing and needs no thread, so it is answered also while all threads wait for a reset.
 2. What was begun is done, whether its caller waits for the end of it or is gone: a connection that
-   ends cancels nothing.
+   ends cancels nothing. But a snapshot ends with who wanted it.
 3. Stop goes through a reset, so it cannot race a client that connects meanwhile: that client
    either makes it fail with DeviceBusy, or is refused for want of a disksize.
 4. Upgrade is answered by the process that is replaced, before it is: who called sees the end of the
@@ -26,6 +26,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import select
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypedDict, TypeVar
@@ -119,11 +120,13 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
             await asyncio.to_thread(_ask, self._zram.reset, force=force)
 
     @varlinkmethod
-    async def Save(self, file: FileDescriptor) -> None:
+    async def Save(self, file: FileDescriptor, while_open: FileDescriptor) -> None:
         """Write a snapshot of what is stored now to this file, open for writing and empty, while
-        the device is in use. Its size tells how far that is."""
+        the device is in use. Its size tells how far that is. It ends when nobody has the writing
+        end of the pipe `while_open` any more."""
         with self._alone("saved"):
-            await asyncio.to_thread(_ask, _with, os.dup(file.fileno()), self._zram.save)
+            ours, wanted = os.dup(file.fileno()), os.dup(while_open.fileno())
+            await asyncio.to_thread(_ask, _save, self._zram, ours, wanted)
 
     @varlinkmethod(return_parameter="lost")
     async def Restore(self, file: FileDescriptor) -> list[int]:
@@ -173,8 +176,24 @@ class DeviceInterface(VarlinkInterface, name=INTERFACE):
             self._under_way.remove(what)
 
 
+def _save(zram: "Zram", file: int, while_open: int) -> None:
+    """With descriptors that are ours: the caller's go when the caller does."""
+    writers = select.poll()
+    writers.register(while_open, 0)  # their end is told unasked
+
+    def must_go_on() -> None:
+        if writers.poll(0):
+            raise SaveFailed("who wanted the snapshot has gone")
+
+    try:
+        zram.save(file, must_go_on)
+    finally:
+        os.close(file)
+        os.close(while_open)
+
+
 def _with(descriptor: int, function: Callable[[int], _T]) -> _T:
-    """Have it use the descriptor, which is ours: the caller's goes when the caller does."""
+    """Have it use a descriptor of ours."""
     try:
         return function(descriptor)
     finally:
