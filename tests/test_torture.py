@@ -36,15 +36,18 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BufferedReader
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests import linear, places
 from tests.conftest import require
 from tests.store.contents import ZEROS, noise, text
+from zramd import attributes
 from zramd.control.client import Control
 from zramd.device import Zram
 from zramd.errors import DeviceBusy, NoServer, NotInitialised, ZramdError
@@ -589,10 +592,16 @@ def _impatient() -> Iterator[None]:
 @pytest.mark.timeout(280)
 def test_resets_in_one_process():
     zram = Zram("zram0")
+    control = SimpleNamespace(
+        statistics=zram.statistics,
+        reset=zram.reset,
+        get=partial(attributes.get, zram),
+        set=partial(attributes.set, zram),
+    )
 
     @contextmanager
-    def controlled() -> Iterator[Zram]:
-        yield zram
+    def controlled() -> Iterator[SimpleNamespace]:
+        yield control
 
     tortured(Device(os.getpid(), controlled, lambda *args: InProcess(*args, zram)))
 
