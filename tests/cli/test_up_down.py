@@ -454,15 +454,15 @@ def test_stopping_waits_for_a_client_that_is_about_to_leave(zramd, monkeypatch):
     held = claim("zram0")
     control = ControlThread(zram, held.paths.control_socket, held.release)
     control.start()
-    reset = zram.reset
+    close = zram.close
 
-    def reset_and_leave(*, force=False):
+    def close_and_leave(*, force=False):
         try:
-            reset(force=force)
+            close(force=force)
         finally:
             leaving.close()
 
-    monkeypatch.setattr(zram, "reset", reset_and_leave)
+    monkeypatch.setattr(zram, "close", close_and_leave)
     stop("zram0", leave_s=60)
     control.close()
     assert zramd.left() == []

@@ -20,7 +20,7 @@ from tests.kernel.servers import ROOT, SERVERS
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(960)]
 
 _LIMIT_S = 900
-_CHECK_S = {"in_guest": 60, "in_killed": 280}
+_CHECK_S = {"in_guest": 120, "in_killed": 280}
 _GUESTS = [("in_killed", "zramd"), *(("in_guest", server) for server in SERVERS)]
 _RESULT = re.compile(r"in_\w+\.py::(\w+)\S* .*?\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 

@@ -126,7 +126,7 @@ def _make(zram: Zram, config: Config) -> None:
             f"{config.arena} is not there, and nothing says how large to make it",
             hint="give it a --disksize",
         )
-    algorithm = config.comp_algorithm or Settings().algorithm
+    algorithm = Settings().algorithm if config.comp_algorithm is None else config.comp_algorithm
     _set(zram, Settings(algorithm, config.mem_limit or 0, config.reserves))
     zram.init(config.disksize)
 
