@@ -31,9 +31,10 @@ among them is what a crash cannot show:
 
 import functools
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -895,6 +896,24 @@ FAULTS = {
         ),
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_broken_off_leaves_nothing() -> Iterator[None]:
+    """Runs that end in the middle of a drain, or before their device is closed."""
+    before, interval = _arenas(), sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(interval)
+    for descriptor in _arenas() - before:
+        os.close(descriptor)
+
+
+def _arenas() -> set[int]:
+    links = {}
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of this listing
+            links[int(descriptor)] = os.readlink(f"/proc/self/fd/{descriptor}")
+    return {n for n, link in links.items() if link.startswith("/memfd:")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
