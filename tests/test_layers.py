@@ -18,7 +18,7 @@ LAYERS = [
     {"zramd.opener"},
     {"zramd.gate"},
     {"zramd.store"},
-    {"zramd.statistics", "zramd.sizes", "zramd.heap", "zramd.without_ssl"},
+    {"zramd.statistics", "zramd.sizes", "zramd.heap", "zramd.files", "zramd.without_ssl"},
     {"zramd.errors"},
     {"zramd"},
 ]

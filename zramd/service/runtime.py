@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from zramd.errors import BadValue, ServerExists, ServerFailed
+from zramd.files import stands_at
 from zramd.nbd.address import UNIX_PATH_MAX
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}", re.ASCII)
@@ -246,7 +247,7 @@ def _try_lock(paths: Paths) -> int | None:
         except BlockingIOError:
             os.close(descriptor)
             return None
-        if _stands_at(paths.lock, descriptor):
+        if stands_at(paths.lock, descriptor):
             return descriptor
         os.close(descriptor)  # locked, but its owner had unlinked it: look again
     raise FileNotFoundError(errno.ENOENT, "it does not stay", str(paths.lock))
@@ -258,13 +259,6 @@ def _make(directory: Path) -> None:
         os.mkdir(directory, 0o700)
     except FileExistsError:
         pass
-
-
-def _stands_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _holder(paths: Paths) -> str:

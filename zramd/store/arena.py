@@ -56,6 +56,7 @@ from typing import Final
 from xxhash import xxh3_128_digest
 
 from zramd.errors import BadArena, BadValue, NoMemory, StoreFull
+from zramd.files import stands_at
 from zramd.sizes import human
 from zramd.store import PAGE, SPAN
 from zramd.store.header import (
@@ -438,14 +439,6 @@ def create(path: Path | None = None) -> int:
         ) from error
     except OSError as error:
         raise NoMemory(f"cannot create the arena: {error}") from error
-
-
-def stands_at(path: Path, fd: int) -> bool:
-    """Whether the file that `fd` is open on is found there, and not removed or replaced."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def remove(fd: int, path: Path) -> None:

@@ -36,6 +36,7 @@ from typing import Final
 from xxhash import xxh3_64_intdigest
 
 from zramd.errors import BadArena, BadValue, DeviceBusy, NoMemory, SaveFailed
+from zramd.files import stands_at
 from zramd.store import PAGE
 from zramd.store.arena import (
     Arena,
@@ -44,7 +45,6 @@ from zramd.store.arena import (
     must_be_available,
     remove,
     run_of,
-    stands_at,
 )
 from zramd.store.header import MAGIC, RUN_AT, RUN_SIZE, SNAPSHOT_MAGIC, Header
 from zramd.store.zcomp import Algorithm, Buffer
