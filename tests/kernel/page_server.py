@@ -28,6 +28,7 @@ _READ, _WRITE, _DISCONNECT, _TRIM = 0, 1, 2, 4
 _REQUEST = struct.Struct(">IHHQQI")  # magic, flags, type, handle, offset, length
 _REPLY = struct.Struct(">IIQ")
 _REPLY_MAGIC = 0x67446698
+_HANGUP = {signal.SIGHUP}
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
@@ -73,14 +74,18 @@ def main(path: str, file: str) -> None:
     os.rename(f"{path}.new", path)  # who sees it can connect
     connections = weakref.WeakSet[socket.socket]()
 
-    def end_all(_number: int, _frame: object) -> None:
-        for connection in list(connections):
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it has ended by itself
+    def end_all_on_hangup() -> None:
+        while True:
+            signal.sigwait(_HANGUP)
+            for connection in list(connections):
+                try:
+                    connection.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # it has ended by itself
 
-    signal.signal(signal.SIGHUP, end_all)
+    # A handler would wait for accept() to return where the signal comes just before it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANGUP)
+    threading.Thread(target=end_all_on_hangup, daemon=True).start()
     while True:
         connection, _ = listening.accept()
         connections.add(connection)

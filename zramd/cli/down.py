@@ -9,7 +9,7 @@ import click
 
 from zramd.cli.detach import find
 from zramd.cli.options import name_argument, talk
-from zramd.control.client import Control
+from zramd.control.client import Control, ServerEnded
 from zramd.errors import DeviceBusy, NoServer, ServerExists, ServerFailed
 from zramd.kernel import attach, use
 from zramd.service.runtime import Paths, claim
@@ -40,7 +40,7 @@ def _must_not_be_silent(name: str) -> None:
     try:
         with Control(Paths(name).control_socket) as control:
             control.statistics()
-    except NoServer:
+    except (NoServer, ServerEnded):
         pass
 
 
@@ -59,6 +59,8 @@ def stop(name: str, *, leave_s: float = _LEAVE_S) -> None:
         except NoServer:
             silent = True
             break  # dead, or gone, or without a worker
+        except ServerEnded:
+            continue  # of itself, told to before; or this was its worker
         except DeviceBusy as busy:
             if time.monotonic() >= deadline:
                 raise DeviceBusy(

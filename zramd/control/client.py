@@ -1,7 +1,7 @@
 """Asking the server of a device: a blocking face on the varlink client, for the command line.
 
 What the device raises is raised here, as the same class. A server that is not there is NoServer;
-one that ends, or does not answer, while it is being asked is ServerFailed.
+one that ends while it is being asked is ServerEnded, one that does not answer ServerFailed.
 """
 
 import asyncio
@@ -33,8 +33,12 @@ Calls that change something may wait for I/O in flight, and have no limit."""
 PATIENCE_S: Final = 1.0
 """How long a reset waits for I/O in flight before it is told whose that is."""
 
-
 PROGRESS_S: Final = 0.1
+
+
+class ServerEnded(ServerFailed):
+    """It ended while it was being asked: to some that is what they wanted."""
+
 
 State: TypeAlias = Literal["serving", "idle", "dead", "silent"]
 
@@ -45,7 +49,7 @@ def look(path: Path) -> tuple[State, Statistics | None]:
     try:
         with Control(path) as control:
             now = control.statistics()
-    except NoServer:
+    except (NoServer, ServerEnded):
         return "dead", None
     except ZramdError:
         return "silent", None
@@ -179,7 +183,7 @@ class Control:
         except TimeoutError:
             raise self._silent() from None
         except OSError as error:
-            raise ServerFailed(
+            raise ServerEnded(
                 f"the server of {self._name} ended while it was being asked",
                 hint=f"`zramd list` shows whether it still runs; `zramd down {self._name}`"
                 " clears what it left",
