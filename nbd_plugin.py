@@ -73,12 +73,11 @@ from zramd.service.config import Config, Use  # noqa: E402
 from zramd.service.runtime import Claim, check_name, claim  # noqa: E402
 from zramd.service.upkeep import upkeep  # noqa: E402
 from zramd.store import PAGE  # noqa: E402
+from zramd.store.table import Kind  # noqa: E402
 from zramd.store.zcomp import NAMES  # noqa: E402
 
-# What one reply about extents covers, and names; nbdkit asks again for the rest. A look at 1 GiB of
-# stored pages takes 40 ms, in which nobody else is served.
-_MOST_BYTES = 1 << 30
 _MOST_EXTENTS = 1024
+"""That one reply names; nbdkit asks again for the rest."""
 
 _GILSTATE_LOCKED = 0  # PyGILState_STATE: the caller had it before PyGILState_Ensure, too
 
@@ -468,16 +467,19 @@ def zero(opener: Opener, count: int, offset: int, flags: int) -> None:
 
 
 def cache(opener: Opener, count: int, offset: int, flags: int) -> None:
-    flush(opener, flags)  # it is all in RAM, if it is there at all
+    try:
+        opener.cache(offset, count)
+    except ZramdError as error:
+        _fail(error)
 
 
 def extents(opener: Opener, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
-    hole = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
+    types = {Kind.HOLE: nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO, Kind.ZERO: nbdkit.EXTENT_ZERO}
     found = []
     try:
         most = 1 if flags & nbdkit.FLAG_REQ_ONE else _MOST_EXTENTS
-        for size, is_hole in opener.extents(offset, min(count, _MOST_BYTES), most):
-            found.append((offset, size, hole if is_hole else 0))
+        for size, kind in opener.extents(offset, count, most):
+            found.append((offset, size, types.get(kind, 0)))
             offset += size
     except ZramdError as error:
         _fail(error)

@@ -30,6 +30,7 @@ among them is what a crash cannot show:
 """
 
 import functools
+import gc
 import os
 import sys
 import zlib
@@ -449,9 +450,14 @@ class World:
         """Give all back; the run may have been broken off anywhere."""
         self.running = False
         for arena in self.scribes:
-            if not arena.map._memory.closed:
+            if not is_closed(arena):
                 arena.close()
         self.scribes.clear()
+
+
+def is_closed(arena: Arena) -> bool:
+    memory = arena.map
+    return getattr(memory, "_memory", memory).closed  # a Watched, or what it watches
 
 
 def named(value: Any) -> str:
@@ -904,6 +910,10 @@ def _what_is_broken_off_leaves_nothing() -> Iterator[None]:
     before, interval = _arenas(), sys.getswitchinterval()
     yield
     sys.setswitchinterval(interval)
+    for arena in [thing for thing in gc.get_objects() if isinstance(thing, Arena)]:
+        # A thread that was left in the midst of things holds it for ever.
+        if hasattr(arena, "map") and not is_closed(arena):
+            arena.close()
     for descriptor in _arenas() - before:
         os.close(descriptor)
 

@@ -22,7 +22,7 @@ from tests.store import (
 )
 from tests.store.audit import audit
 from tests.store.contents import ZEROS, noise, tag_of, tagged
-from tests.store.model import Model, holes_agree, whole_pages
+from tests.store.model import Model, extents_agree, whole_pages
 from tests.store.test_pages import Codec, run_all
 from zramd import attributes, device, gate
 from zramd import opener as opener_module
@@ -1524,7 +1524,7 @@ class DeviceAgainstBytearray(RuleBasedStateMachine):
             at = min(at, opener.size - length)
             content = self.model.content[at : at + length]
             assert opener.read(at, length) == content
-            holes_agree(content, opener.extents(at, length, length))
+            extents_agree(content, opener.extents(at, length, length))
 
     @invariant()
     def statistics_are_right(self) -> None:

@@ -22,6 +22,7 @@ from zramd.errors import Corrupt, NotInitialised, OutOfRange, StoreFull
 from zramd.gate import Gate
 from zramd.store.header import FAILED_READS, FAILED_WRITES, INVALID_IO, NOTIFY_FREE, figure
 from zramd.store.pages import Pages
+from zramd.store.table import Kind
 from zramd.store.zcomp import Buffer
 
 
@@ -143,14 +144,19 @@ class Opener:
     def flush(self) -> None:
         """Nothing: what a write has left in RAM is as safe as it gets. But who asks after a reset
         must not hear that all is well."""
+        self.cache(0, 0)
+
+    def cache(self, offset: int, length: int) -> None:
+        """Nothing, in that range: it is in RAM."""
         record = self._gate.enter(self.who)
         try:
-            self._check(0, 0)
+            self._check(offset, length)
         finally:
             self._gate.leave(record)
 
-    def extents(self, offset: int, length: int, most: int) -> list[tuple[int, bool]]:
-        """(bytes, is_hole) along the range, neighbours merged; the first `most` of them."""
+    def extents(self, offset: int, length: int, most: int) -> list[tuple[int, Kind]]:
+        """(bytes, how they are stored) along the range, neighbours merged, none empty: the first
+        `most` of them, and fewer where that takes long; at least one, of a range not empty."""
         record = self._gate.enter(self.who)
         try:
             self._check(offset, length)

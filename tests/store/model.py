@@ -4,6 +4,7 @@ import bisect
 from itertools import pairwise
 
 from zramd.store import PAGE
+from zramd.store.table import Kind
 
 PART = 512 * PAGE
 """Requests are cut at multiples of this, 2 MiB."""
@@ -62,12 +63,13 @@ def _cuts(offset: int, length: int) -> list[int]:
     return cuts[bisect.bisect_left(cuts, offset) : bisect.bisect_right(cuts, end)]
 
 
-def holes_agree(content: bytes, extents: list[tuple[int, bool]]) -> None:
-    """Assert that extents cover the content, and that what they call a hole reads as zeros."""
+def extents_agree(content: bytes, extents: list[tuple[int, Kind]]) -> None:
+    """Assert that extents cover the content, and that what they call zeros reads as zeros."""
     assert sum(size for size, _ in extents) == len(content)
     assert all(size > 0 for size, _ in extents)
     assert all(a[1] != b[1] for a, b in pairwise(extents)), "neighbours not merged"
     at = 0
-    for size, is_hole in extents:
-        assert not (is_hole and any(content[at : at + size])), "data in a hole"
+    for size, kind in extents:
+        if kind in (Kind.HOLE, Kind.ZERO):
+            assert not any(content[at : at + size]), f"data in a {kind.name}"
         at += size

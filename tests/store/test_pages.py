@@ -8,12 +8,13 @@ import pytest
 
 from tests.store import contents
 from tests.store.audit import audit
-from tests.store.contents import ZEROS, filled, noise, part_noise, tag_of, tagged
+from tests.store.contents import ZEROS, filled, noise, part_noise, tag_of, tagged, text
 from zramd.errors import Corrupt, StoreFull
 from zramd.store import PAGE, table
 from zramd.store.arena import SPAN, Arena
 from zramd.store.pages import HUGE_LENGTH, Counters, Pages
 from zramd.store.pool import CLASSES, PART
+from zramd.store.table import Kind
 from zramd.store.zcomp import NAMES, Algorithm, Comp
 
 SLOTS = 1200
@@ -217,9 +218,9 @@ def test_discard_and_reads_of_an_empty_device_look_only_at_what_is_stored(make, 
         Pages, "_words_locked", lambda self, *at: looked.append(at) or look(self, *at)
     )
     assert list(pages.extents(0, 1 << 40)) == [
-        (5 << 30, True),
-        (PAGE, False),
-        ((1 << 40) - (5 << 30) - PAGE, True),
+        (5 << 30, Kind.HOLE),
+        (PAGE, Kind.HUGE),
+        ((1 << 40) - (5 << 30) - PAGE, Kind.HOLE),
     ]
     assert pages.discard(0, 1 << 40) == 1 << 28
     assert len(looked) == 2
@@ -232,21 +233,37 @@ def audit_of_used(pages: Pages) -> int:
     return pages.arena.used // PAGE - 1
 
 
-def test_extents_call_a_written_zero_page_data_and_a_discarded_one_a_hole(pages):
-    pages.write(3 * PAGE, noise(1) + ZEROS + noise(2))
-    assert list(pages.extents(0, 10 * PAGE)) == [
-        (3 * PAGE, True),
-        (3 * PAGE, False),
-        (4 * PAGE, True),
+def test_extents_tell_how_each_page_is_stored(pages):
+    sames = b"8 bytes." * (PAGE // 8) + b"\1" * PAGE  # as an object, and in the word
+    pages.write(3 * PAGE, noise(1) + ZEROS + sames + text(2) + noise(3) + noise(4))
+    assert list(pages.extents(0, 12 * PAGE)) == [
+        (3 * PAGE, Kind.HOLE),
+        (PAGE, Kind.HUGE),
+        (PAGE, Kind.ZERO),
+        (2 * PAGE, Kind.SAME),
+        (PAGE, Kind.COMPRESSED),
+        (2 * PAGE, Kind.HUGE),
+        (2 * PAGE, Kind.HOLE),
     ]
     pages.discard(4 * PAGE, PAGE)
     assert list(pages.extents(3 * PAGE + 10, 2 * PAGE)) == [
-        (PAGE - 10, False),
-        (PAGE, True),
-        (10, False),
+        (PAGE - 10, Kind.HUGE),
+        (PAGE, Kind.HOLE),
+        (10, Kind.SAME),
     ]
     assert list(pages.extents(100, 0)) == []
-    assert list(pages.extents(SLOTS * PAGE - 1, 1)) == [(1, True)]
+    assert list(pages.extents(SLOTS * PAGE - 1, 1)) == [(1, Kind.HOLE)]
+
+
+def test_extents_end_when_enough_that_is_stored_was_looked_at(make, monkeypatch):
+    monkeypatch.setattr("zramd.store.pages.EXTENTS_LOOK", 4 << 20)  # two table pages
+    pages = make(slots=(1 << 40) // PAGE)
+    for offset in (0, 1 << 30, 1 << 39):
+        pages.write(offset, noise(1))
+    seen = list(pages.extents(0, 1 << 40))
+    assert [kind for _, kind in seen] == [Kind.HUGE, Kind.HOLE] * 2
+    assert sum(size for size, _ in seen) == 1 << 39
+    assert next(pages.extents(1 << 39, 1 << 39)) == (PAGE, Kind.HUGE)
 
 
 # Failures

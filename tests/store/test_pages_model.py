@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.store import contents
 from tests.store.audit import audit
-from tests.store.model import Model, holes_agree
+from tests.store.model import Model, extents_agree
 from zramd.errors import StoreFull
 from zramd.store import PAGE
 from zramd.store.arena import SPAN, Arena
@@ -117,7 +117,7 @@ class StoreAgainstBytearray(RuleBasedStateMachine):
     def extents(self, offset: int, length: int) -> None:
         length = min(length, SIZE - offset)
         content = self.model.content[offset : offset + length]
-        holes_agree(content, list(self.pages.extents(offset, length)))
+        extents_agree(content, list(self.pages.extents(offset, length)))
 
     @rule()
     def compact(self) -> None:
@@ -168,9 +168,7 @@ class StoreAgainstBytearray(RuleBasedStateMachine):
     ) -> None:
         stored = list(self.pages.extents(0, SIZE))
         ends = [sum(size for size, _ in stored[: i + 1]) for i in range(len(stored))]
-        last_pages = [
-            end - PAGE for end, (_, is_hole) in zip(ends, stored, strict=True) if not is_hole
-        ]
+        last_pages = [end - PAGE for end, (_, kind) in zip(ends, stored, strict=True) if kind]
         if not last_pages:
             return
         if full:

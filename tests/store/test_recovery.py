@@ -43,7 +43,7 @@ from zramd.store.header import Header
 from zramd.store.pages import Pages
 from zramd.store.pool import CLASSES, PART
 from zramd.store.recovery import recover
-from zramd.store.table import LOST, SLOTS_PER_TABLE_PAGE
+from zramd.store.table import LOST, SLOTS_PER_TABLE_PAGE, Kind
 from zramd.store.zcomp import Algorithm, Comp
 
 HEADER = 128
@@ -429,7 +429,13 @@ def test_a_lost_page_is_corrupt_until_it_is_written_as_a_whole_or_discarded():
                 use()
             assert "discard" in str(caught.value.hint)
     assert new.read(0, PAGE) == new.read(2 * PAGE, PAGE) == noise(1)
-    assert list(new.extents(0, 600 * PAGE)) == [(4 * PAGE, False), (596 * PAGE, True)]
+    assert list(new.extents(0, 600 * PAGE)) == [
+        (PAGE, Kind.HUGE),
+        (PAGE, Kind.LOST),
+        (PAGE, Kind.HUGE),
+        (PAGE, Kind.LOST),
+        (596 * PAGE, Kind.HOLE),
+    ]
     again, lost = recovered(new.arena.fd)
     new.close()
     assert lost == [1, 3]

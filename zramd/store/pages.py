@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
+from itertools import groupby
 from typing import Final, TypeVar
 
 from zramd.errors import Corrupt, DeviceBusy, StoreFull
@@ -54,9 +55,11 @@ from zramd.store.table import (
     LOST,
     SAME,
     SLOTS_PER_TABLE_PAGE,
+    Kind,
     address_of,
     fill_of,
     inline_fill,
+    kind_of,
     length_of,
 )
 from zramd.store.zcomp import FAILURES, Buffer, Comp
@@ -78,6 +81,10 @@ _WORTH_SHARE: Final = 128
 """A write compacts before it takes larger objects than it needs where that gives back this share of
 the memory: the scan, 50 us a table page, then costs less than the writes that fill what is gained.
 """
+
+EXTENTS_LOOK: Final = 1 << 30
+"""Bytes of stored pages that one call of `extents` looks at: 60 ms, in which others wait for the
+interpreter now and then. Holes cost next to nothing."""
 
 _STRIPES: Final = 64
 _ZEROS: Final = bytes(PAGE)
@@ -521,33 +528,41 @@ class Pages:
         with self._count_lock:
             return Counters(*(max(0, count) for count in astuple(self.counters)))
 
-    def extents(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
-        """(bytes, is_hole) along the range, neighbours merged; the sum of bytes is `length`.
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, Kind]]:
+        """(bytes, how they are stored) along the range, neighbours merged, none empty. The sum of
+        bytes is `length`, but at least one and no more than EXTENTS_LOOK of what is stored.
 
         A page that a write is changing meanwhile may show either way.
         """
-        at, end = offset, offset + length
-        run, run_is_hole = 0, True
-        for slot, stop, is_hole in self._runs(offset // PAGE, -(-end // PAGE)):
-            size = min(stop * PAGE, end) - max(slot * PAGE, at)
-            if is_hole != run_is_hole and run:
-                yield run, run_is_hole
+        end = offset + length
+        run, run_kind = 0, Kind.HOLE
+        for start, stop, kind in self._runs(offset // PAGE, -(-end // PAGE)):
+            size = min(stop * PAGE, end) - max(start * PAGE, offset)
+            if kind is not run_kind and run:
+                yield run, run_kind
                 run = 0
-            run, run_is_hole = run + size, is_hole
+            run, run_kind = run + size, kind
         if run:
-            yield run, run_is_hole
+            yield run, run_kind
 
-    def _runs(self, first: int, last: int) -> Iterator[tuple[int, int, bool]]:
-        """(start, stop, is_hole) of slots, in order, neighbours not merged."""
-        at = first
+    def _runs(self, first: int, last: int) -> Iterator[tuple[int, int, Kind]]:
+        """(start, stop, kind) of slots, in order, neighbours not always merged; cut off where
+        enough was looked at."""
+        at, looked = first, 0
         for start, stop in self._stored(first, last):
             if at < start:
-                yield at, start, True
-            for slot, word in enumerate(self._words(start, stop), start):
-                yield slot, slot + 1, not word
-                at = slot + 1
+                yield at, start, Kind.HOLE
+                at = start
+            if looked >= EXTENTS_LOOK // PAGE:
+                return
+            looked += stop - start
+            # One that was given up meanwhile has no words.
+            words = self._words(start, stop) or [0] * (stop - start)
+            for kind, run in groupby(map(kind_of, words)):
+                at += (count := len(list(run)))
+                yield at - count, at, kind
         if at < last:
-            yield at, last, True
+            yield at, last, Kind.HOLE
 
     def recount(self) -> Counters:
         """The counters as the table tells them, and a check of every word against its span.

@@ -18,6 +18,7 @@ The word is the truth: the pool's free lists and all counters can be rebuilt fro
 element of the table. An assignment to a slice is a memcpy, which may go byte by byte.
 """
 
+import enum
 from typing import Final
 
 from zramd.store import PAGE
@@ -41,6 +42,25 @@ LOST: Final = 1 << 63 | INLINE
 """The word of a page that recovery could not trust."""
 
 _WORD_MASK: Final = (1 << 64) - 1
+
+
+class Kind(enum.IntEnum):
+    """How a page is stored, as far as it can be told from its word."""
+
+    HOLE = 0  # not at all; reads as zeros
+    ZERO = 1  # as zeros that were written
+    SAME = 2
+    COMPRESSED = 3
+    HUGE = 4
+    LOST = 5
+
+
+def kind_of(word: int) -> Kind:
+    if not word:
+        return Kind.HOLE
+    if word & INLINE:
+        return Kind.ZERO if word == FILL_ZERO else Kind.LOST if word == LOST else Kind.SAME
+    return Kind.SAME if word & SAME else Kind.HUGE if word & HUGE else Kind.COMPRESSED
 
 
 def inline_fill(fill: bytes) -> int:
