@@ -8,9 +8,12 @@ import pytest
 from zramd.errors import BadValue, DeviceBusy, NotInitialised
 from zramd.nbd import wire
 from zramd.nbd.negotiation import MAX_KEPT, MAX_OPTION_LENGTH, MAX_OPTIONS, Negotiation, State
+from zramd.nbd.replies import EXTENDED, SIMPLE, STRUCTURED
 from zramd.nbd.wire import ExportInfo
 
-EXPORT = ExportInfo(1 << 30, 0x16D, name="zram0")
+EXPORT = ExportInfo(1 << 30, 0x16D, name="zram0", description="a device")
+ACK, UNSUP, POLICY = wire.NBD_REP_ACK, wire.NBD_REP_ERR_UNSUP, wire.NBD_REP_ERR_POLICY
+INVALID, TOO_BIG = wire.NBD_REP_ERR_INVALID, wire.NBD_REP_ERR_TOO_BIG
 FIXED = struct.pack(">I", 1)
 FIXED_NO_ZEROES = struct.pack(">I", 3)
 
@@ -40,6 +43,15 @@ class OneExport:
 
 def option(number, data=b""):
     return wire.pack_option(number, data)
+
+
+BASE, STATE = "base:allocation", "zramd:state"
+
+
+def contexts(export, *queries):
+    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
+    strings = [struct.pack(">I", len(each)) + each.encode() for each in (export, *queries)]
+    return strings[0] + struct.pack(">I", len(queries)) + b"".join(strings[1:])
 
 
 def replies(data):
@@ -161,23 +173,13 @@ def test_abort_is_acknowledged_and_ends(converse, data):
     assert negotiation.state is State.ENDED
 
 
-UNSUP, INVALID, TOO_BIG = (
-    wire.NBD_REP_ERR_UNSUP,
-    wire.NBD_REP_ERR_INVALID,
-    wire.NBD_REP_ERR_TOO_BIG,
-)
-
-
 @pytest.mark.parametrize(
     ("number", "data", "error"),
     [
-        # What we do not speak (yet); the payload must be consumed.
+        # What we do not speak; the payload must be consumed.
         (4, b"", UNSUP),
-        (5, b"", UNSUP),
-        (8, b"", UNSUP),
-        (9, b"", UNSUP),
-        (10, bytes(100), UNSUP),
-        (11, b"", UNSUP),
+        (5, b"", POLICY),
+        (12, bytes(100), UNSUP),
         (99, bytes(64 << 10), UNSUP),
         (0x7654321, b"junk", UNSUP),
         (0, b"", UNSUP),
@@ -192,6 +194,19 @@ UNSUP, INVALID, TOO_BIG = (
         (wire.NBD_OPT_INFO, struct.pack(">IHH", 0, 0, 0), INVALID),
         (wire.NBD_OPT_INFO, wire.pack_go("x" * 4097), INVALID),
         (wire.NBD_OPT_GO, struct.pack(">I1sH", 1, b"\xff", 0), INVALID),
+        (wire.NBD_OPT_STARTTLS, b"x", INVALID),
+        (wire.NBD_OPT_STRUCTURED_REPLY, b"x", INVALID),
+        (wire.NBD_OPT_EXTENDED_HEADERS, b"x", INVALID),
+        (wire.NBD_OPT_SET_META_CONTEXT, contexts("", BASE), INVALID),  # too early
+        (wire.NBD_OPT_LIST_META_CONTEXT, b"", INVALID),
+        (wire.NBD_OPT_LIST_META_CONTEXT, bytes(7), INVALID),
+        (wire.NBD_OPT_LIST_META_CONTEXT, bytes(9), INVALID),
+        (wire.NBD_OPT_LIST_META_CONTEXT, contexts("", BASE)[:-1], INVALID),
+        (wire.NBD_OPT_LIST_META_CONTEXT, contexts("", BASE) + b"x", INVALID),
+        (wire.NBD_OPT_LIST_META_CONTEXT, struct.pack(">III", 0, 1, 0xFFFFFFFF), INVALID),
+        (wire.NBD_OPT_LIST_META_CONTEXT, struct.pack(">II", 0, 0xFFFFFFFF), INVALID),
+        (wire.NBD_OPT_LIST_META_CONTEXT, contexts("other"), wire.NBD_REP_ERR_UNKNOWN),
+        (wire.NBD_OPT_LIST_META_CONTEXT, contexts("x" * 4097), INVALID),
         (wire.NBD_OPT_LIST, bytes(MAX_KEPT + 1), TOO_BIG),
         (wire.NBD_OPT_GO, bytes(MAX_KEPT + 1), TOO_BIG),
     ],
@@ -274,3 +289,163 @@ def test_a_long_option_is_not_kept():
         negotiation.receive(bytes(1 << 20))
         assert len(negotiation.trailing) == 0
     assert kinds(negotiation.receive(option(98))) == [(98, UNSUP)]
+
+
+# Structured replies, extended headers, contexts
+
+STRUCTURED_REPLY, EXTENDED_HEADERS = option(8), option(11)
+GO = option(wire.NBD_OPT_GO, wire.pack_go("zram0"))
+
+
+def flags_told(sent):
+    return [
+        struct.unpack(">HQH", data)[2]
+        for _, kind, data in replies(sent)
+        if kind == wire.NBD_REP_INFO and len(data) == 12
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "form", "kinds_of"),
+    [
+        (GO, SIMPLE, []),
+        (STRUCTURED_REPLY + GO, STRUCTURED, [(8, ACK)]),
+        (STRUCTURED_REPLY * 2 + GO, STRUCTURED, [(8, ACK), (8, INVALID)]),
+        (EXTENDED_HEADERS + GO, EXTENDED, [(11, ACK)]),
+        (EXTENDED_HEADERS * 2 + GO, EXTENDED, [(11, ACK), (11, INVALID)]),
+        (STRUCTURED_REPLY + EXTENDED_HEADERS + GO, EXTENDED, [(8, ACK), (11, ACK)]),
+        (
+            EXTENDED_HEADERS + STRUCTURED_REPLY + GO,
+            EXTENDED,
+            [(11, ACK), (8, wire.NBD_REP_ERR_EXT_HEADER_REQD)],
+        ),
+    ],
+)
+def test_the_form_of_replies_is_what_was_negotiated(converse, options, form, kinds_of):
+    negotiation, sent = converse(FIXED + options)
+    assert kinds(sent)[: len(kinds_of)] == kinds_of
+    assert negotiation.form is form
+    assert flags_told(sent) == [EXPORT.flags | (0 if form is SIMPLE else wire.NBD_FLAG_SEND_DF)]
+
+
+def test_export_name_drops_the_peer_after_extended_headers(converse):
+    negotiation, _ = converse(FIXED + EXTENDED_HEADERS + option(wire.NBD_OPT_EXPORT_NAME))
+    assert negotiation.state is State.ENDED
+
+
+@pytest.mark.parametrize(
+    ("queries", "listed"),
+    [
+        ((), [BASE, STATE]),
+        ((BASE,), [BASE]),
+        (("zramd:",), [STATE]),
+        (("base:", "qemu:dirty-bitmap:x", "base:allocation", ""), [BASE]),
+        (("base", "base:alloc", ":", "base:allocation:"), []),
+    ],
+)
+def test_contexts_are_listed_at_any_time_with_no_number(converse, queries, listed):
+    _, sent = converse(FIXED + option(9, contexts("", *queries)))
+    assert replies(sent) == [
+        *((9, wire.NBD_REP_META_CONTEXT, bytes(4) + name.encode()) for name in listed),
+        (9, ACK, b""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("queries", "chosen"),
+    [
+        ((), []),
+        ((BASE,), [1]),
+        ((STATE, BASE, STATE), [1, 2]),
+        (("base:", "zramd:", "qemu:dirty-bitmap:x"), []),
+    ],
+)
+def test_contexts_are_chosen_by_name(converse, queries, chosen):
+    asked = option(10, contexts("zram0", *queries))
+    negotiation, sent = converse(FIXED + STRUCTURED_REPLY + asked + GO)
+    names = {1: BASE, 2: STATE}
+    assert replies(sent)[1 : len(chosen) + 2] == [
+        *(
+            (10, wire.NBD_REP_META_CONTEXT, struct.pack(">I", n) + names[n].encode())
+            for n in chosen
+        ),
+        (10, ACK, b""),
+    ]
+    assert negotiation.contexts == tuple(chosen)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        contexts("zram0"),
+        contexts("other", BASE),
+        contexts("", BASE),  # the same export, by another name than GO's
+        contexts("zram0", BASE)[:-1],
+        bytes(MAX_KEPT + 1),
+    ],
+)
+def test_a_choice_of_contexts_replaces_the_one_before_even_where_it_fails(converse, second):
+    conversation = STRUCTURED_REPLY + option(10, contexts("zram0", BASE)) + option(10, second) + GO
+    negotiation, _ = converse(FIXED + conversation)
+    assert negotiation.state is State.TRANSMITTING
+    assert negotiation.contexts == ()
+
+
+def test_the_description_is_told_to_whoever_asks(converse):
+    _, sent = converse(FIXED + option(wire.NBD_OPT_INFO, wire.pack_go("", (2, 1))))
+    infos = [data for _, kind, data in replies(sent) if kind == wire.NBD_REP_INFO]
+    assert infos[2:] == [b"\0\x01zram0", b"\0\x02a device"]
+
+
+# TLS
+
+
+def secured(before=b"", **options):
+    negotiation = Negotiation(OneExport(), tls_offered=True, **options)
+    negotiation.receive(FIXED + before)
+    assert kinds(negotiation.receive(option(5))) == [(5, ACK)]
+    assert negotiation.state is State.SECURING
+    negotiation.secured()
+    return negotiation
+
+
+def test_nothing_but_starttls_and_abort_is_answered_where_tls_is_required(converse):
+    options = (3, 6, 7, 8, 9, 10, 11, 99)
+    required = wire.NBD_REP_ERR_TLS_REQD
+    for data in (b"", wire.pack_go(""), bytes(MAX_KEPT + 1)):
+        negotiation = Negotiation(OneExport(), tls_offered=True, tls_required=True)
+        conversation = b"".join(option(number, data) for number in options) + option(2)
+        if len(data) < MAX_KEPT:
+            negotiation, sent = converse(FIXED + conversation, negotiation=negotiation)
+        else:
+            sent = negotiation.receive(FIXED + conversation)
+        assert kinds(sent) == [*((number, required) for number in options), (2, ACK)]
+
+
+def test_export_name_drops_the_peer_where_tls_is_required(converse):
+    negotiation = Negotiation(OneExport(), tls_offered=True, tls_required=True)
+    _, sent = converse(FIXED + option(1), negotiation=negotiation)
+    assert (negotiation.state, sent) == (State.ENDED, b"")
+
+
+def test_what_was_said_before_tls_counts_for_nothing_after_it():
+    before = STRUCTURED_REPLY + option(10, contexts("zram0", BASE))
+    negotiation = secured(before)
+    sent = negotiation.receive(option(10, contexts("zram0", BASE)) + option(5) + GO)
+    assert kinds(sent)[:2] == [(10, INVALID), (5, INVALID)]
+    assert (negotiation.form, negotiation.contexts) == (SIMPLE, ())
+    assert negotiation.state is State.TRANSMITTING
+    again = secured(before)
+    again.receive(STRUCTURED_REPLY + GO)
+    assert (again.form, again.contexts) == (STRUCTURED, ())
+
+
+def test_what_is_required_may_be_asked_for_after_tls():
+    assert secured(tls_required=True).receive(GO).endswith(wire.pack_option_reply(7, ACK))
+
+
+@pytest.mark.parametrize("slipped_in", [b"x", GO, option(5), option(2)])
+def test_who_slips_something_in_before_the_tls_handshake_is_dropped(slipped_in):
+    negotiation = Negotiation(OneExport(), tls_offered=True)
+    assert kinds(negotiation.receive(FIXED + option(5) + slipped_in)) == [(5, ACK)]
+    assert negotiation.state is State.ENDED

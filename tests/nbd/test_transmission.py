@@ -8,7 +8,10 @@ import pytest
 
 from zramd.errors import Corrupt, NotInitialised, OutOfRange, StoreFull, ZramdError
 from zramd.nbd import transmission, wire
-from zramd.nbd.transmission import INLINE, MAX_PAYLOAD, MAX_SKIPPED, Receiver, answer
+from zramd.nbd.contexts import CONTEXTS
+from zramd.nbd.replies import EXTENDED, SIMPLE, STRUCTURED
+from zramd.nbd.transmission import BUFFER, INLINE, MAX_PAYLOAD, MAX_SKIPPED, OWN, answer
+from zramd.store.table import Kind
 
 SIZE = 1 << 20
 READ, WRITE, DISC, FLUSH = 0, 1, 2, 3
@@ -48,6 +51,29 @@ class Memory:
     def flush(self):
         self._check(0, 0)
 
+    def cache(self, offset, length):
+        self._check(offset, length)
+
+    def extents(self, offset, length, most):
+        self._check(offset, length)
+        kinds = [Kind.HOLE, Kind.ZERO, Kind.HUGE, Kind.COMPRESSED, Kind.SAME, Kind.LOST]
+        runs = [
+            (min(512, length - at), kinds[(offset + at) // 512 % 6]) for at in range(0, length, 512)
+        ]
+        return runs[:most]
+
+
+class Receiver(transmission.Receiver):
+    """One whose buffer others use as soon as they may."""
+
+    def __init__(self, size=SIZE, form=SIMPLE, **options):
+        self.shared = memoryview(bytearray(BUFFER))
+        super().__init__(size, self.shared, form, **options)
+
+    def keep(self):
+        super().keep()
+        self.shared[:] = b"\xee" * BUFFER
+
 
 def cookie(number):
     return struct.pack(">Q", number)
@@ -61,6 +87,13 @@ def write(offset, payload, flags=0, number=1):
     return request(WRITE, offset, len(payload), flags, number, payload)
 
 
+def plain(request):
+    """Without flags, and with what can be compared: (error, command, cookie, offset, length,
+    payload)."""
+    refusal, *head, _flags, payload = request
+    return (refusal[0] if refusal else 0, *head, None if payload is None else bytes(payload))
+
+
 def pour(receiver, data, step=None):
     """Brings `data` in, `step` bytes at most at a time; the requests, their payloads as bytes."""
     view, found = memoryview(data), []
@@ -71,16 +104,16 @@ def pour(receiver, data, step=None):
         room[:count] = view[:count]
         view = view[count:]
         receiver.received(count)
-        for *head, payload in receiver.requests():
-            found.append((*head, None if payload is None else bytes(payload)))
+        found += map(plain, receiver.requests())
+        receiver.keep()
         if receiver.ended:
             break
     return found
 
 
-def served(data, opener=None):
+def served(data, opener=None, form=SIMPLE, contexts=(), **options):
     """The replies' bytes to all requests in `data`."""
-    receiver, opener = Receiver(SIZE), opener or Memory()
+    receiver, opener = Receiver(SIZE, form, **options), opener or Memory()
     sent = b""
     view = memoryview(data)
     while len(view):
@@ -90,7 +123,8 @@ def served(data, opener=None):
         view = view[count:]
         receiver.received(count)
         for each in receiver.requests():
-            sent += b"".join(answer(opener, each))
+            sent += b"".join(answer(opener, each, form, contexts))
+        receiver.keep()
     return sent
 
 
@@ -120,6 +154,10 @@ MESSAGES = {
     "long write refused": (
         write(0, b"l" * (INLINE + 1), DF),
         (EINVAL, WRITE, cookie(1), 0, INLINE + 1, None),
+    ),
+    "longest write that waits in the buffer": (
+        write(0, b"w" * (OWN - 1)),
+        (0, WRITE, cookie(1), 0, OWN - 1, b"w" * (OWN - 1)),
     ),
     "flush": (request(FLUSH), (0, FLUSH, cookie(1), 0, 0, None)),
     "trim": (
@@ -174,8 +212,8 @@ def test_many_messages_come_out_in_order_whatever_the_pieces(step):
 def test_what_came_with_the_handshake_counts(message):
     data, expected = MESSAGES[message]
     for split in (1, 20, 28, len(data)):
-        receiver = Receiver(SIZE, data[:split])
-        found = [(*head, p if p is None else bytes(p)) for *head, p in receiver.requests()]
+        receiver = Receiver(SIZE, head=data[:split])
+        found = list(map(plain, receiver.requests()))
         assert found + pour(receiver, data[split:]) == [expected]
 
 
@@ -187,8 +225,9 @@ def test_requests_may_be_left_and_asked_again():
     found = []
     for _ in range(20):
         for each in receiver.requests():
-            found.append((each[2], bytes(each[5])))
+            found.append((each[2], bytes(each[6])))
             break
+        receiver.keep()
     assert found == [(cookie(n), bytes([n])) for n in range(20)]
     assert list(receiver.requests()) == []
 
@@ -204,7 +243,8 @@ def test_a_long_payload_stays_good_while_others_arrive():
         room[:count] = view[:count]
         view = view[count:]
         receiver.received(count)
-        payloads += [each[5] for each in receiver.requests()]
+        payloads += [each[6] for each in receiver.requests()]
+        receiver.keep()
     assert [bytes(payload[:1]) for payload in payloads] == [b"a", b"b"]
 
 
@@ -253,7 +293,8 @@ ALLOWED = {
     WRITE: FUA,
     FLUSH: FUA,
     TRIM: FUA,
-    WRITE_ZEROES: FUA | NO_HOLE,
+    CACHE: FUA,
+    WRITE_ZEROES: FUA | NO_HOLE | FAST_ZERO,
 }
 
 
@@ -266,7 +307,7 @@ def test_a_flag_is_refused_unless_it_is_valid_for_the_command(command, flags):
     assert error_of(request(command, 0, length, flags, payload=payload)) == expected
 
 
-@pytest.mark.parametrize("command", [CACHE, BLOCK_STATUS, 8, 9, 255, 256, 0xFFFF])
+@pytest.mark.parametrize("command", [BLOCK_STATUS, 8, 9, 255, 256, 0xFFFF])
 def test_a_command_that_was_not_advertised_is_refused_and_the_connection_lives(command):
     opener = Memory()
     sent = served(request(command, 0, 512) + request(READ, 0, 1, number=2), opener)
@@ -289,7 +330,8 @@ def test_a_command_that_was_not_advertised_is_refused_and_the_connection_lives(c
     ],
 )
 @pytest.mark.parametrize(
-    ("command", "error"), [(READ, EINVAL), (TRIM, EINVAL), (WRITE, ENOSPC), (WRITE_ZEROES, ENOSPC)]
+    ("command", "error"),
+    [(READ, EINVAL), (TRIM, EINVAL), (CACHE, EINVAL), (WRITE, ENOSPC), (WRITE_ZEROES, ENOSPC)],
 )
 def test_out_of_bounds(command, error, offset, length):
     if command == WRITE:
@@ -307,6 +349,7 @@ def test_out_of_bounds(command, error, offset, length):
         (READ, 0, 0, EINVAL),
         (WRITE, 0, 0, EINVAL),
         (TRIM, 0, 0, EINVAL),
+        (CACHE, 0, 0, EINVAL),
         (WRITE_ZEROES, 0, 0, EINVAL),
         (FLUSH, 0, 0, 0),
         (FLUSH, 5, 0, EINVAL),
@@ -351,7 +394,7 @@ class Oddity(ZramdError):
     ],
     ids=lambda value: getattr(value, "slug", repr(value)),
 )
-@pytest.mark.parametrize("command", [READ, WRITE, TRIM, WRITE_ZEROES])
+@pytest.mark.parametrize("command", [READ, WRITE, TRIM, CACHE, WRITE_ZEROES])
 def test_what_goes_wrong_is_answered_with_an_error_of_the_specification(trouble, error, command):
     opener = Memory()
     opener.trouble = trouble
@@ -363,7 +406,8 @@ def test_what_goes_wrong_is_answered_with_an_error_of_the_specification(trouble,
 def test_what_may_take_long_is_handed_back_to_who_cannot_wait_and_to_nobody_else(message):
     opener = Memory()
     opener.trouble = BlockingIOError("a compaction")
-    (asked,) = pour(Receiver(SIZE), message)
+    receiver = Receiver(SIZE, head=message)
+    (asked,) = receiver.requests()
     with pytest.raises(BlockingIOError):
         answer(opener, asked, nowait=True)
     assert error_of(message, opener) == EIO  # a fault: nobody may say so here
@@ -387,4 +431,120 @@ def test_an_error_of_the_device_is_no_fault_and_not_logged(caplog):
 
 
 def test_nothing_is_advertised_that_is_not_done():
-    assert transmission.FLAGS == 0b1_0110_1101  # HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES MULTI_CONN
+    # HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES MULTI_CONN CACHE FAST_ZERO
+    assert transmission.FLAGS == 0b1101_0110_1101
+
+
+@pytest.mark.parametrize("command", [WRITE, TRIM, WRITE_ZEROES])
+def test_a_read_only_export_is_not_changed(command):
+    opener = Memory()
+    payload = bytes(512) if command == WRITE else b""
+    message = request(command, 0, 512, payload=payload) + request(READ, 0, 1, number=2)
+    sent = served(message, opener, read_only=True)
+    assert sent == struct.pack(">II8sII8s", 0x67446698, 1, cookie(1), 0x67446698, 0, cookie(2)) + (
+        b"\xaa"
+    )
+    assert opener.data == b"\xaa" * SIZE
+
+
+# Chunks, and headers with 64-bit lengths
+
+BASE, STATE = CONTEXTS["base:allocation"], CONTEXTS["zramd:state"]
+
+
+def chunk(kind, data, number=1, done=True):
+    return struct.pack(">IHH8sI", 0x668E33EF, done, kind, cookie(number), len(data)) + data
+
+
+def long_chunk(kind, data, offset=0, number=1, done=True):
+    return struct.pack(">IHH8sQQ", 0x6E8A278C, done, kind, cookie(number), offset, len(data)) + data
+
+
+def long_request(command, offset=0, length=0, flags=0, number=1, payload=b""):
+    head = struct.pack(">IHH8sQQ", 0x21E41C71, flags, command, cookie(number), offset, length)
+    return head + payload
+
+
+def test_a_read_is_one_chunk_of_data_or_a_hole():
+    opener = Memory()
+    opener.data[1024:4096] = bytes(3072)
+    data = struct.pack(">Q", 512) + b"\xaa" * 512 + bytes(512)
+    hole = struct.pack(">QI", 1024, 3072)
+    asked = request(READ, 512, 1024, DF) + request(READ, 1024, 3072)
+    assert served(asked, opener, STRUCTURED) == chunk(1, data) + chunk(2, hole)
+    asked = long_request(READ, 512, 1024, DF) + long_request(READ, 1024, 3072)
+    assert served(asked, opener, EXTENDED) == long_chunk(1, data, 512) + long_chunk(2, hole, 1024)
+
+
+def test_an_error_is_a_chunk_with_words_and_what_went_well_a_simple_reply():
+    message = b"65 bytes"
+    asked = request(READ, SIZE, 5) + request(FLUSH)
+    opener = Memory()
+    opener.trouble = OutOfRange("not there")
+    words = struct.pack(">IH", EINVAL, 9) + b"not there"
+    assert served(asked, opener, STRUCTURED) == chunk(0x8001, words) * 2
+    opener.trouble = None
+    assert served(write(0, message), opener, STRUCTURED) == wire.pack_simple_reply(cookie(1), 0)
+    extended = long_request(WRITE, 0, 8, PAYLOAD_LEN, payload=message)
+    assert served(extended, opener, EXTENDED) == long_chunk(0, b"")
+
+
+def test_words_end_with_a_whole_character():
+    opener = Memory()
+    opener.trouble = StoreFull("\u00e4" * 4000)
+    sent = served(write(0, b"x"), opener, STRUCTURED)
+    assert sent == chunk(0x8001, struct.pack(">IH", ENOSPC, 4096) + "\u00e4".encode() * 2048)
+
+
+def test_block_status_is_a_chunk_for_each_context():
+    base = [(512, 3), (512, 2), (2048, 0), (512, 3), (100, 2)]
+    state = [(512, 0), (512, 1), (512, 3), (512, 2), (512, 1), (512, 4), (512, 0), (100, 1)]
+    base[2:3] = [(2048, 0)]
+    asked = request(BLOCK_STATUS, 0, 3684)
+    told = [
+        struct.pack(">I", context) + b"".join(struct.pack(">II", *each) for each in extents)
+        for context, extents in ((BASE, base), (STATE, state))
+    ]
+    sent = served(asked, Memory(), STRUCTURED, (BASE, STATE))
+    assert sent == chunk(5, told[0], done=False) + chunk(5, told[1])
+    assert served(asked, Memory(), STRUCTURED, (STATE,)) == chunk(5, told[1])
+    told = struct.pack(">II", BASE, 5) + b"".join(struct.pack(">QQ", *each) for each in base)
+    sent = served(long_request(BLOCK_STATUS, 0, 3684), Memory(), EXTENDED, (BASE,))
+    assert sent == long_chunk(6, told)
+
+
+def test_block_status_tells_of_one_extent_where_one_is_asked_for():
+    sent = served(request(BLOCK_STATUS, 512, 1024, REQ_ONE), Memory(), STRUCTURED, (BASE,))
+    assert sent == chunk(5, struct.pack(">III", BASE, 512, 2))
+
+
+def test_block_status_without_a_context_is_refused():
+    sent = served(request(BLOCK_STATUS, 0, 512), Memory(), STRUCTURED)
+    assert sent.startswith(chunk(0x8001, b"").removesuffix(bytes(4)))
+    assert struct.unpack_from(">I", sent, 20) == (EINVAL,)
+
+
+@pytest.mark.parametrize("step", [None, 1, 31])
+def test_a_payload_of_another_command_is_consumed_and_refused(step):
+    stream = (
+        long_request(TRIM, 0, 4096, PAYLOAD_LEN, payload=bytes(4096))
+        + long_request(WRITE, 0, 4, payload=b"none")
+        + long_request(READ, 0, INLINE + 1, PAYLOAD_LEN, payload=bytes(INLINE + 1))
+        + long_request(TRIM, 0, 1 << 40)
+    )
+    found = pour(Receiver(SIZE, EXTENDED), stream, step and step * 997)
+    assert [(each[0], each[1], each[4]) for each in found] == [
+        (EINVAL, TRIM, 4096),
+        (EINVAL, WRITE, 4),
+        (EINVAL, READ, INLINE + 1),
+        (0, TRIM, 1 << 40),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"), [(EXTENDED, request(FLUSH)), (STRUCTURED, long_request(FLUSH) + bytes(28))]
+)
+def test_a_request_of_the_other_form_ends_the_connection(form, message):
+    receiver = Receiver(SIZE, form)
+    assert pour(receiver, message + bytes(28)) == []
+    assert receiver.violation

@@ -80,7 +80,7 @@ def test_export_and_block_size_information_round_trip():
 
 
 def test_information_of_another_type_is_passed_over():
-    assert wire.parse_info(wire.pack_info_name("zram0")) == (1, ())
+    assert wire.parse_info(wire.pack_info_text(wire.NBD_INFO_NAME, "zram0")) == (1, ())
     assert wire.parse_info(b"\xff\xff") == (0xFFFF, ())
 
 

@@ -38,15 +38,18 @@ import asyncio
 import logging
 import socket
 import struct
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from zramd import sizes
 from zramd.errors import BadValue, NotInitialised
 from zramd.nbd import transmission
 from zramd.nbd.address import TcpAddress
-from zramd.nbd.negotiation import Negotiation
+from zramd.nbd.negotiation import Negotiation, State
+from zramd.nbd.replies import SIMPLE, Reply, Simple
 from zramd.nbd.transmission import INLINE, Receiver, Request, answer
-from zramd.nbd.wire import NBD_CMD_READ, NBD_CMD_WRITE, ExportInfo, pack_simple_reply
+from zramd.nbd.wire import NBD_CMD_READ, NBD_CMD_WRITE, NBD_FLAG_READ_ONLY, ExportInfo
 from zramd.opener import Opener
 
 if TYPE_CHECKING:
@@ -84,9 +87,15 @@ class Connection(asyncio.BufferedProtocol):
         """Done when the socket and the Opener are closed."""
         self._transport: asyncio.Transport
         self._opener: Opener | None = None
-        self._negotiation = Negotiation(self)
-        self._handshake_buffer = bytearray(4096)
+        tls = server.tls
+        self._negotiation: Negotiation | None = Negotiation(
+            self, tls_offered=tls is not None, tls_required=tls is not None and tls.required
+        )
+        self._securing: asyncio.Task[None] | None = None
+        self._secure = False
         self._receiver: Receiver | None = None  # set while serving, and after
+        self._form: Simple = SIMPLE
+        self._contexts: tuple[int, ...] = ()
         self._ending = False
         self._gathers = False  # set by `end`
         self._refusal: int | None = None  # then: the error that all requests get from now on
@@ -131,13 +140,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def _info(self, size: int) -> ExportInfo:
         # Any length at any offset: nbd-client ignores the minimum and sets 512 whatever we say.
+        zram = self._server.zram
         return ExportInfo(
             size,
-            transmission.FLAGS,
+            transmission.FLAGS | (NBD_FLAG_READ_ONLY if self._server.read_only else 0),
             minimum_block=1,
             preferred_block=4096,
             maximum_payload=transmission.MAX_PAYLOAD,
-            name=self._server.zram.name,
+            name=zram.name,
+            description=f"zramd, {sizes.human(size)}, {zram.statistics().algorithm}",
         )
 
     # What asyncio tells
@@ -153,11 +164,11 @@ class Connection(asyncio.BufferedProtocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._transport.set_write_buffer_limits(high=_BATCH)
         self._timer = self._loop.call_later(_HANDSHAKE_SECONDS, self.abort)
-        self._transport.write(self._negotiation.greeting())
+        self._transport.write(Negotiation.greeting())
 
-    def get_buffer(self, _sizehint: int) -> memoryview | bytearray:
+    def get_buffer(self, _sizehint: int) -> memoryview:
         receiver = self._receiver
-        return self._handshake_buffer if receiver is None else receiver.get_buffer()
+        return self._server.buffer if receiver is None else receiver.get_buffer()
 
     def buffer_updated(self, count: int) -> None:
         receiver = self._receiver
@@ -165,13 +176,13 @@ class Connection(asyncio.BufferedProtocol):
             receiver.received(count)
             self._pump()
         else:
-            self._negotiate(memoryview(self._handshake_buffer)[:count])
+            self._negotiate(self._server.buffer[:count])
 
     def eof_received(self) -> bool:
         self._answer_gathered()
         self._ending = True
         self._finish_if_idle()
-        return self.serving  # keep the socket for the replies still to come
+        return self.serving and not self._secure  # keep the socket for the replies still to come
 
     def pause_writing(self) -> None:
         self._peer_reads = False
@@ -188,16 +199,45 @@ class Connection(asyncio.BufferedProtocol):
 
     def _negotiate(self, data: memoryview) -> None:
         negotiation = self._negotiation
+        assert negotiation is not None
         self._transport.write(negotiation.receive(data))
+        if negotiation.state is State.SECURING:
+            self._transport.pause_reading()  # what comes next is not for us
+            self._securing = self._loop.create_task(self._begin_tls(negotiation))
+            return
         if not negotiation.done:
             return
         self._cancel_timer()
+        self._negotiation = None
         if negotiation.export is None:
             _log.debug("handshake ended: %s", negotiation.reason)
             self._begin_ending()
             return
-        self._receiver = Receiver(negotiation.export.size, negotiation.trailing)
+        self._form, self._contexts = negotiation.form, negotiation.contexts
+        self._receiver = Receiver(
+            negotiation.export.size,
+            self._server.buffer,
+            self._form,
+            read_only=self._server.read_only,
+            head=negotiation.trailing,
+        )
         self._pump()
+
+    async def _begin_tls(self, negotiation: Negotiation) -> None:
+        """The handshake's time is that of the whole."""
+        assert self._server.tls is not None
+        try:
+            secured = await self._loop.start_tls(
+                self._transport, self, self._server.tls.context, server_side=True
+            )
+        except OSError as error:  # the transport is closed, and we hear of that by ourselves
+            _log.info("dropping %s: no TLS: %s", _peer(self._transport), error)
+            return
+        if secured is None or self._lost:
+            return
+        self._transport, self._secure = secured, True
+        self._transport.set_write_buffer_limits(high=_BATCH)
+        negotiation.secured()
 
     # Serving
 
@@ -214,6 +254,7 @@ class Connection(asyncio.BufferedProtocol):
         turn_ends = self._loop.time() + _TURN_SECONDS
         more = True  # whether there may be requests left that are complete
         if self._has_room():
+            form, contexts = self._form, self._contexts
             for request in receiver.requests():
                 length = request[4]
                 if length > INLINE and not request[0]:
@@ -222,7 +263,7 @@ class Connection(asyncio.BufferedProtocol):
                         break
                 else:
                     try:
-                        replies += answer(opener, request, nowait=True)
+                        replies += answer(opener, request, form, contexts, nowait=True)
                     except BlockingIOError:
                         self._submit(opener, _kept(request))
                         if not self._has_room():
@@ -233,6 +274,7 @@ class Connection(asyncio.BufferedProtocol):
                         break
             else:
                 more = False
+        receiver.keep()
         if replies and not self._transport.is_closing():
             # Not writelines: in Python 3.12 and 3.13 it forgets flow control (gh-127655), and that
             # the connection may be lost (gh-136234).
@@ -259,14 +301,14 @@ class Connection(asyncio.BufferedProtocol):
         """Has a request that may take long answered by a thread."""
         self._in_flight += 1
         self._in_flight_bytes += _held(request)
-        self._server.threads.submit(self._work, opener, request)
+        self._server.turns.submit(self, partial(self._work, opener, request))
 
     def _work(self, opener: Opener, request: Request) -> None:
         """In a thread."""
-        reply = answer(opener, request)
+        reply = answer(opener, request, self._form, self._contexts)
         self._loop.call_soon_threadsafe(self._worked, _held(request), reply)
 
-    def _worked(self, held: int, reply: tuple[bytes, ...]) -> None:
+    def _worked(self, held: int, reply: Reply) -> None:
         self._in_flight -= 1
         self._in_flight_bytes -= held
         if not self._transport.is_closing():
@@ -282,7 +324,7 @@ class Connection(asyncio.BufferedProtocol):
     def end(self, refusal: int | None) -> None:
         """Admit nothing more, and end: what has not begun yet gets the error `refusal`; None: we
         leave, and it is done."""
-        if self._receiver is None:
+        if self._negotiation is not None:
             self._negotiation.shutting_down = True
         elif not self._ending and not self._gathers:
             self._gathers, self._refusal = True, refusal
@@ -300,6 +342,7 @@ class Connection(asyncio.BufferedProtocol):
             if not self._may_gather():
                 self._held_back = True
                 break
+        self._receiver.keep()
         self._quiet_since = self._loop.time()
         if self._cut or self._receiver.ended:
             self._answer_gathered()
@@ -320,13 +363,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def _gather_answer(self, request: Request) -> None:
         if self._refusal is not None:
-            self._gathered.append(pack_simple_reply(request[2], self._refusal))
-            return
+            refused = (self._refusal, "the device was reset, or the server ends"), *request[1:]
+            request = cast(Request, refused)
         assert self._opener is not None
         try:
             if request[4] > INLINE and not request[0]:
                 raise BlockingIOError
-            parts = answer(self._opener, request, nowait=True)
+            parts = answer(self._opener, request, self._form, self._contexts, nowait=True)
         except BlockingIOError:
             self._submit(self._opener, _kept(request))
         else:
@@ -398,7 +441,7 @@ def _kept(request: Request) -> Request:
 
 def _held(request: Request) -> int:
     """Bytes of memory that a request in flight keeps."""
-    _error, command, _cookie, _offset, length, _payload = request
+    _refusal, command, _cookie, _offset, length, _flags, _payload = request
     return length if command in (NBD_CMD_READ, NBD_CMD_WRITE) else 0
 
 

@@ -1,8 +1,11 @@
 """The server's side of the fixed newstyle handshake: bytes in, bytes out, no sockets.
 
     GREETED --client flags--> HAGGLING --EXPORT_NAME, GO--> TRANSMITTING
-                 |               |----------ABORT---------> ENDED
-                 '---------------'---what no reply cures--> ENDED
+                 |             |  ^ |----------ABORT------> ENDED
+                 |      STARTTLS  | '-what no reply cures-> ENDED
+                 |             v  | secured()                 ^
+                 |            SECURING ------more bytes-------|
+                 '--------------what no reply cures-----------'
 
 Promises:
 1. Every option is answered, in order, with its data consumed, whatever the option is; an unknown
@@ -11,16 +14,23 @@ Promises:
 2. Bounded: at most MAX_OPTIONS options of MAX_OPTION_LENGTH bytes, of which at most MAX_KEPT are
    ever held. The time is the caller's to bound.
 3. Once TRANSMITTING, `trailing` is what the client sent ahead; nothing of it was looked at.
+4. What was said before TLS counts for nothing after it; and nobody can have slipped in, before the
+   TLS handshake, what would be taken for the client's afterwards: such a connection is dropped.
+   Where TLS is required, nothing is answered before but that, and STARTTLS and ABORT.
 
-Assumes: the caller sends what `receive` returns before it closes.
+Assumes: the caller sends what `receive` returns before it closes. When SECURING, it begins TLS,
+then calls `secured`, and gives us nothing else in between.
 """
 
 import enum
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from zramd.errors import ZramdError
 from zramd.nbd import wire
+from zramd.nbd.contexts import CONTEXTS, listed
+from zramd.nbd.replies import EXTENDED, SIMPLE, STRUCTURED, Simple
 from zramd.nbd.wire import ExportInfo, Malformed
 
 MAX_OPTIONS = 32  # as nbdkit (server/protocol-handshake-newstyle.c, MAX_NR_OPTIONS)
@@ -44,6 +54,7 @@ class Exports(Protocol):
 class State(enum.Enum):
     GREETED = enum.auto()
     HAGGLING = enum.auto()
+    SECURING = enum.auto()
     TRANSMITTING = enum.auto()
     ENDED = enum.auto()
 
@@ -51,10 +62,16 @@ class State(enum.Enum):
 class Negotiation:
     """One handshake. Send `greeting()`, then feed what arrives to `receive` until `done`."""
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(
+        self, exports: Exports, *, tls_offered: bool = False, tls_required: bool = False
+    ) -> None:
         self.state = State.GREETED
         self.export: ExportInfo | None = None
         """The export that was opened, once TRANSMITTING."""
+        self.form: Simple = SIMPLE
+        """Of the replies."""
+        self.contexts: tuple[int, ...] = ()
+        """Of a block status, once TRANSMITTING."""
         self.reason = ""
         """Why it ENDED."""
         self.shutting_down = False
@@ -65,17 +82,32 @@ class Negotiation:
         self._options = 0
         self._no_zeroes = False
         self._fixed = False
+        self._tls_offered = tls_offered
+        self._must_secure = tls_required
+        self._secure = False
+        self._selected_for = ""  # the export whose contexts were selected
+        self._selected: tuple[int, ...] = ()
         self._handlers: dict[int, Callable[[int, bytes], bytes]] = {
             wire.NBD_OPT_EXPORT_NAME: self._export_name,
             wire.NBD_OPT_ABORT: self._abort,
             wire.NBD_OPT_LIST: self._list,
+            wire.NBD_OPT_STARTTLS: self._starttls,
             wire.NBD_OPT_INFO: self._info,
             wire.NBD_OPT_GO: self._info,
+            wire.NBD_OPT_STRUCTURED_REPLY: self._structured_reply,
+            wire.NBD_OPT_LIST_META_CONTEXT: self._list_contexts,
+            wire.NBD_OPT_SET_META_CONTEXT: self._set_contexts,
+            wire.NBD_OPT_EXTENDED_HEADERS: self._extended_headers,
         }
 
     @property
     def done(self) -> bool:
         return self.state in (State.TRANSMITTING, State.ENDED)
+
+    def secured(self) -> None:
+        """TLS has begun: what arrives from now on came through it."""
+        self.state, self._secure, self._must_secure = State.HAGGLING, True, False
+        self.form, self._selected = SIMPLE, ()
 
     @property
     def trailing(self) -> bytes:
@@ -90,11 +122,13 @@ class Negotiation:
         """Takes `data` in, returns what to send now."""
         self._buffer += data
         replies = b""
-        while not self.done:
+        while not self.done and self.state is not State.SECURING:
             reply = self._maybe_step()
             if reply is None:
                 break
             replies += reply
+        if self.state is State.SECURING and self._buffer:
+            self._drop("something between STARTTLS and the TLS handshake")
         return replies
 
     def _maybe_step(self) -> bytes | None:
@@ -120,7 +154,7 @@ class Negotiation:
             self._options += 1
             del self._buffer[: wire.OPTION.size]
             self._skip = length
-            return self._too_long(option)
+            return self._answer(option, None)
         end = wire.OPTION.size + length
         if len(self._buffer) < end:
             return None
@@ -141,39 +175,43 @@ class Negotiation:
         self.state = State.HAGGLING
         return b""
 
-    def _answer(self, option: int, data: bytes) -> bytes:
+    def _answer(self, option: int, data: bytes | None) -> bytes:
+        """`data` is None where it is too long to be kept."""
         if not self._fixed and option != wire.NBD_OPT_EXPORT_NAME:
             return self._refuse(option, wire.NBD_REP_ERR_INVALID, "needs fixed newstyle")
         if self.shutting_down and option != wire.NBD_OPT_ABORT:
             if option == wire.NBD_OPT_EXPORT_NAME:
                 return self._drop("shutting down")
             return self._refuse(option, wire.NBD_REP_ERR_SHUTDOWN, "the server is shutting down")
+        if self._must_secure and option not in (wire.NBD_OPT_STARTTLS, wire.NBD_OPT_ABORT):
+            if option == wire.NBD_OPT_EXPORT_NAME:
+                return self._drop("TLS is required, and was not begun")
+            return self._refuse(option, wire.NBD_REP_ERR_TLS_REQD, "begin TLS first")
         handler = self._handlers.get(option)
         if handler is None:
             return self._refuse(option, wire.NBD_REP_ERR_UNSUP, f"option {option} is not supported")
+        if data is None and option != wire.NBD_OPT_ABORT:
+            if option == wire.NBD_OPT_EXPORT_NAME:
+                return self._drop("an endless export name")
+            if option == wire.NBD_OPT_SET_META_CONTEXT:
+                self._selected = ()
+            return self._refuse(option, wire.NBD_REP_ERR_TOO_BIG, f"at most {MAX_KEPT} bytes")
         try:
-            return handler(option, data)
+            return handler(option, data or b"")
         except Malformed as error:
             return self._refuse(option, wire.NBD_REP_ERR_INVALID, str(error))
         except ZramdError as error:
             return self._refuse(option, wire.NBD_REP_ERR_UNKNOWN, str(error))
 
-    def _too_long(self, option: int) -> bytes:
-        """Answers an option whose data is not kept."""
-        if option == wire.NBD_OPT_EXPORT_NAME:
-            return self._drop("an endless export name")
-        if option in self._handlers and option != wire.NBD_OPT_ABORT:
-            return self._refuse(option, wire.NBD_REP_ERR_TOO_BIG, f"at most {MAX_KEPT} bytes")
-        return self._answer(option, b"")
-
     # One method per option
 
     def _export_name(self, _option: int, data: bytes) -> bytes:
+        if self.form.extended:
+            return self._drop("NBD_OPT_EXPORT_NAME after extended headers")
         try:
-            export = self._exports.open(wire.parse_name(data))
+            export = self._open(wire.parse_name(data))
         except (Malformed, ZramdError) as error:
             return self._drop(str(error))  # this option has no way to say no
-        self.export, self.state = export, State.TRANSMITTING
         reply = wire.EXPORT_NAME_REPLY.pack(export.size, export.flags)
         return reply if self._no_zeroes else reply + wire.EXPORT_NAME_ZEROES
 
@@ -182,8 +220,7 @@ class Negotiation:
         return wire.pack_option_reply(option, wire.NBD_REP_ACK)
 
     def _list(self, option: int, data: bytes) -> bytes:
-        if data:
-            raise Malformed("NBD_OPT_LIST takes no data")
+        _must_be_empty(data)
         servers = (
             wire.pack_option_reply(option, wire.NBD_REP_SERVER, wire.pack_server(name))
             for name in self._exports.names()
@@ -193,16 +230,77 @@ class Negotiation:
     def _info(self, option: int, data: bytes) -> bytes:
         """NBD_OPT_INFO, and NBD_OPT_GO, which is the same and then begins the transmission."""
         name, wanted = wire.parse_go(data)
-        if option == wire.NBD_OPT_GO:
-            export = self._exports.open(name)
-            self.export, self.state = export, State.TRANSMITTING
-        else:
-            export = self._exports.describe(name)
+        go = option == wire.NBD_OPT_GO
+        export = self._open(name) if go else self._with_flags(self._exports.describe(name))
         # Block sizes unasked too, as qemu sends them: clients must loop until the ACK anyway.
         infos = [wire.pack_info_export(export), wire.pack_info_block_size(export)]
         if wire.NBD_INFO_NAME in wanted:
-            infos.append(wire.pack_info_name(export.name))
+            infos.append(wire.pack_info_text(wire.NBD_INFO_NAME, export.name))
+        if wire.NBD_INFO_DESCRIPTION in wanted:
+            infos.append(wire.pack_info_text(wire.NBD_INFO_DESCRIPTION, export.description))
         replies = (wire.pack_option_reply(option, wire.NBD_REP_INFO, info) for info in infos)
+        return b"".join(replies) + wire.pack_option_reply(option, wire.NBD_REP_ACK)
+
+    def _open(self, name: str) -> ExportInfo:
+        export = self._with_flags(self._exports.open(name))
+        self.export, self.state = export, State.TRANSMITTING
+        self.contexts = self._selected if self._selected_for == name else ()
+        return export
+
+    def _with_flags(self, export: ExportInfo) -> ExportInfo:
+        """What may be told only where it was negotiated."""
+        if not self.form.chunked:
+            return export
+        return replace(export, flags=export.flags | wire.NBD_FLAG_SEND_DF)
+
+    def _starttls(self, option: int, data: bytes) -> bytes:
+        _must_be_empty(data)
+        if self._secure:
+            return self._refuse(option, wire.NBD_REP_ERR_INVALID, "TLS has begun already")
+        if not self._tls_offered:
+            return self._refuse(option, wire.NBD_REP_ERR_POLICY, "there is no TLS here")
+        self.state = State.SECURING
+        return wire.pack_option_reply(option, wire.NBD_REP_ACK)
+
+    def _structured_reply(self, option: int, data: bytes) -> bytes:
+        _must_be_empty(data)
+        if self.form.extended:
+            why = "extended headers were negotiated"
+            return self._refuse(option, wire.NBD_REP_ERR_EXT_HEADER_REQD, why)
+        return self._choose(option, STRUCTURED)
+
+    def _extended_headers(self, option: int, data: bytes) -> bytes:
+        _must_be_empty(data)
+        return self._choose(option, EXTENDED)
+
+    def _choose(self, option: int, form: Simple) -> bytes:
+        if self.form is form:
+            return self._refuse(option, wire.NBD_REP_ERR_INVALID, "that was negotiated already")
+        self.form = form
+        return wire.pack_option_reply(option, wire.NBD_REP_ACK)
+
+    def _list_contexts(self, option: int, data: bytes) -> bytes:
+        name, queries = wire.parse_contexts(data)
+        self._exports.describe(name)
+        return self._tell_contexts(option, [(0, context) for context in listed(queries)])
+
+    def _set_contexts(self, option: int, data: bytes) -> bytes:
+        self._selected = ()  # whatever comes of it
+        if not self.form.chunked:
+            raise Malformed("structured replies come first")
+        name, queries = wire.parse_contexts(data)
+        self._exports.describe(name)
+        found = [(number, context) for context, number in CONTEXTS.items() if context in queries]
+        self._selected = tuple(number for number, _ in found)
+        self._selected_for = name
+        return self._tell_contexts(option, found)
+
+    @staticmethod
+    def _tell_contexts(option: int, contexts: list[tuple[int, str]]) -> bytes:
+        replies = (
+            wire.pack_option_reply(option, wire.NBD_REP_META_CONTEXT, wire.pack_context(*context))
+            for context in contexts
+        )
         return b"".join(replies) + wire.pack_option_reply(option, wire.NBD_REP_ACK)
 
     # The ways to say no
@@ -214,3 +312,8 @@ class Negotiation:
     def _drop(self, reason: str) -> bytes:
         self.state, self.reason = State.ENDED, reason
         return b""
+
+
+def _must_be_empty(data: bytes) -> None:
+    if data:
+        raise Malformed("this option takes no data")

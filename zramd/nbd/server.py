@@ -27,6 +27,8 @@ from zramd.device import Zram
 from zramd.errors import BadValue, ServerExists
 from zramd.nbd.address import Address, TcpAddress, UnixAddress
 from zramd.nbd.connection import LEAVE_SECONDS, LINGER_SECONDS, Connection
+from zramd.nbd.transmission import BUFFER
+from zramd.nbd.turns import Turns
 
 THREADS = min(os.cpu_count() or 1, 8)
 """More would only queue for the GIL between two pages."""
@@ -43,9 +45,14 @@ _BACKLOG = 1024
 class Server:
     """Serves one device, under its name and under the empty name, on any number of addresses."""
 
-    def __init__(self, zram: Zram) -> None:
+    def __init__(self, zram: Zram, *, tls: Any = None, read_only: bool = False) -> None:
         self.zram = zram
+        self.tls = tls
+        self.read_only = read_only
+        self.buffer = memoryview(bytearray(BUFFER))
+        """What each connection receives into, on the event loop, and leaves before the next."""
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nbd")
+        self.turns = Turns(self.threads, THREADS)
         self.closing = False
         self.live: set[Connection] = set()
         self.addresses: list[Address] = []

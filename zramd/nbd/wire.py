@@ -40,13 +40,16 @@ NBD_OPT_EXTENDED_HEADERS: Final = 11
 NBD_REP_ACK: Final = 1
 NBD_REP_SERVER: Final = 2
 NBD_REP_INFO: Final = 3
+NBD_REP_META_CONTEXT: Final = 4
 NBD_REP_FLAG_ERROR: Final = 1 << 31
 NBD_REP_ERR_UNSUP: Final = NBD_REP_FLAG_ERROR | 1
 NBD_REP_ERR_POLICY: Final = NBD_REP_FLAG_ERROR | 2
 NBD_REP_ERR_INVALID: Final = NBD_REP_FLAG_ERROR | 3
+NBD_REP_ERR_TLS_REQD: Final = NBD_REP_FLAG_ERROR | 5
 NBD_REP_ERR_UNKNOWN: Final = NBD_REP_FLAG_ERROR | 6
 NBD_REP_ERR_SHUTDOWN: Final = NBD_REP_FLAG_ERROR | 7
 NBD_REP_ERR_TOO_BIG: Final = NBD_REP_FLAG_ERROR | 9
+NBD_REP_ERR_EXT_HEADER_REQD: Final = NBD_REP_FLAG_ERROR | 10
 
 NBD_INFO_EXPORT: Final = 0
 NBD_INFO_NAME: Final = 1
@@ -98,14 +101,41 @@ NBD_CMD_FLAG_FAST_ZERO: Final = 1 << 4
 NBD_CMD_FLAG_PAYLOAD_LEN: Final = 1 << 5
 
 NBD_REQUEST_MAGIC: Final = 0x25609513
+NBD_EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
 NBD_SIMPLE_REPLY_MAGIC: Final = 0x67446698
+NBD_STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+NBD_EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C
+
+NBD_REPLY_FLAG_DONE: Final = 1 << 0
+
+NBD_REPLY_TYPE_NONE: Final = 0
+NBD_REPLY_TYPE_OFFSET_DATA: Final = 1
+NBD_REPLY_TYPE_OFFSET_HOLE: Final = 2
+NBD_REPLY_TYPE_BLOCK_STATUS: Final = 5
+NBD_REPLY_TYPE_BLOCK_STATUS_EXT: Final = 6
+NBD_REPLY_TYPE_ERROR: Final = (1 << 15) + 1
+
+NBD_STATE_HOLE: Final = 1 << 0
+NBD_STATE_ZERO: Final = 1 << 1
 
 REQUEST: Final = struct.Struct(">IHH8sQI")
 """magic, flags, command, cookie, offset, length. The cookie stays bytes: it is the client's own."""
 
+EXTENDED_REQUEST: Final = struct.Struct(">IHH8sQQ")  # the same
+
 SIMPLE_REPLY: Final = struct.Struct(">II8s")  # magic, error, cookie
 SIMPLE_REPLY_OK: Final = struct.pack(">II", NBD_SIMPLE_REPLY_MAGIC, 0)
 """What stands before the cookie of a request that went well."""
+
+STRUCTURED_REPLY: Final = struct.Struct(">IHH8sI")  # magic, flags, type, cookie, length
+EXTENDED_REPLY: Final = struct.Struct(">IHH8sQQ")  # magic, flags, type, cookie, offset, length
+REPLY_DATA: Final = struct.Struct(">Q")  # offset; the data follow
+REPLY_HOLE: Final = struct.Struct(">QI")  # offset, length
+REPLY_ERROR: Final = struct.Struct(">IH")  # error, length of the message that follows
+REPLY_STATUS: Final = struct.Struct(">I")  # context; a STATUS for each extent follows
+STATUS: Final = struct.Struct(">II")  # length, flags
+REPLY_STATUS_EXT: Final = struct.Struct(">II")  # context, number of extents
+STATUS_EXT: Final = struct.Struct(">QQ")  # length, flags
 
 # Errors
 
@@ -151,6 +181,7 @@ class ExportInfo:
     maximum_payload: int = 32 << 20
     name: str = ""
     """The canonical name, where the server told; clients may know the export by another."""
+    description: str = ""
 
 
 def pack_greeting() -> bytes:
@@ -196,6 +227,39 @@ def parse_name(raw: bytes) -> str:
         raise Malformed("the export name is not UTF-8") from None
 
 
+def parse_contexts(data: bytes) -> tuple[str, list[str]]:
+    """Export name and queries of NBD_OPT_LIST_META_CONTEXT or NBD_OPT_SET_META_CONTEXT. Raises
+    Malformed."""
+    name, rest = _parse_string(memoryview(data))  # whose slices cost nothing
+    if len(rest) < _U32.size:
+        raise Malformed("the option ends before the number of its queries")
+    (count,) = _U32.unpack_from(rest)
+    rest = rest[_U32.size :]
+    queries: list[str] = []
+    while rest and len(queries) < count:
+        query, rest = _parse_string(rest)
+        queries.append(str(query, "utf-8", "replace"))
+    if rest or len(queries) < count:
+        raise Malformed("the number of queries does not fit the option's length")
+    return parse_name(bytes(name)), queries
+
+
+def _parse_string(data: memoryview) -> tuple[memoryview, memoryview]:
+    """What begins with its own length, and what follows it."""
+    if len(data) < _U32.size:
+        raise Malformed("the option ends before the length of a string")
+    (length,) = _U32.unpack_from(data)
+    end = _U32.size + length
+    if end > len(data):
+        raise Malformed("a string is longer than the option")
+    return data[_U32.size : end], data[end:]
+
+
+def pack_context(identifier: int, name: str) -> bytes:
+    """The data of NBD_REP_META_CONTEXT."""
+    return _U32.pack(identifier) + name.encode()
+
+
 def pack_server(name: str) -> bytes:
     """The data of NBD_REP_SERVER: one line of NBD_OPT_LIST."""
     raw = name.encode()
@@ -211,8 +275,9 @@ def pack_info_block_size(export: ExportInfo) -> bytes:
     return _INFO_BLOCK_SIZE.pack(NBD_INFO_BLOCK_SIZE, *sizes)
 
 
-def pack_info_name(name: str) -> bytes:
-    return _U16.pack(NBD_INFO_NAME) + name.encode()
+def pack_info_text(info: int, text: str) -> bytes:
+    """NBD_INFO_NAME or NBD_INFO_DESCRIPTION."""
+    return _U16.pack(info) + text.encode()
 
 
 def parse_info(data: bytes) -> tuple[int, tuple[int, ...]]:
