@@ -213,9 +213,9 @@ def test_discard_and_reads_of_an_empty_device_look_only_at_what_is_stored(make, 
     pages = make(slots=(1 << 40) // PAGE)  # 1 TiB: by the slot this would take minutes
     pages.write(5 << 30, noise(1))
     looked = []
-    look = Pages._words_locked
+    lock = Pages._slot_lock
     monkeypatch.setattr(
-        Pages, "_words_locked", lambda self, *at: looked.append(at) or look(self, *at)
+        Pages, "_slot_lock", lambda self, slot: looked.append(slot) or lock(self, slot)
     )
     assert list(pages.extents(0, 1 << 40)) == [
         (5 << 30, Kind.HOLE),

@@ -1,5 +1,7 @@
 """The slot word: what goes in comes out, and kinds of words cannot be taken for each other."""
 
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,10 +11,14 @@ from zramd.store.table import (
     FILL_ZERO,
     HUGE,
     INLINE,
+    LOST,
     SAME,
+    Kind,
     address_of,
     fill_of,
     inline_fill,
+    kind_of,
+    kinds_of,
     length_of,
     object_word,
     with_address,
@@ -69,3 +75,24 @@ def test_an_objects_word_gives_back_address_length_and_flags(units, length, flag
 def test_a_word_whose_object_moves_keeps_all_but_its_address(units, others, flags):
     word = object_word(units * 16, 1234, flags << 1)
     assert with_address(word, others * 16) == object_word(others * 16, 1234, flags << 1)
+
+
+KINDS_OF_WORDS = st.one_of(
+    st.sampled_from([0, FILL_ZERO, LOST]),
+    st.integers(0, (1 << 63) - 1).map(lambda fill: fill << 1 | INLINE),
+    st.builds(
+        object_word,
+        st.integers(1, 1 << 30).map(lambda unit: unit * 16),
+        st.integers(1, 4096),
+        st.sampled_from([0, SAME, HUGE, 1 << 3, 1 << 7]),
+    ),
+)
+
+
+@given(st.lists(st.tuples(KINDS_OF_WORDS, st.integers(1, 9)), max_size=60))
+def test_kinds_of_many_words_are_those_of_each(runs):
+    words = [word for word, count in runs for _ in range(count)]
+    told: list[Kind] = []
+    for count, kind in kinds_of(struct.pack(f"<{len(words)}Q", *words)):
+        told += [kind] * count
+    assert told == list(map(kind_of, words))

@@ -49,7 +49,13 @@ from zramd.nbd.address import TcpAddress
 from zramd.nbd.negotiation import Negotiation, State
 from zramd.nbd.replies import SIMPLE, Reply, Simple
 from zramd.nbd.transmission import INLINE, Receiver, Request, answer
-from zramd.nbd.wire import NBD_CMD_READ, NBD_CMD_WRITE, NBD_FLAG_READ_ONLY, ExportInfo
+from zramd.nbd.wire import (
+    NBD_CMD_BLOCK_STATUS,
+    NBD_CMD_READ,
+    NBD_CMD_WRITE,
+    NBD_FLAG_READ_ONLY,
+    ExportInfo,
+)
 from zramd.opener import Opener
 
 if TYPE_CHECKING:
@@ -257,7 +263,7 @@ class Connection(asyncio.BufferedProtocol):
             form, contexts = self._form, self._contexts
             for request in receiver.requests():
                 length = request[4]
-                if length > INLINE and not request[0]:
+                if _is_long(request):
                     self._submit(opener, request)
                     if not self._has_room():
                         break
@@ -367,7 +373,7 @@ class Connection(asyncio.BufferedProtocol):
             request = cast(Request, refused)
         assert self._opener is not None
         try:
-            if request[4] > INLINE and not request[0]:
+            if _is_long(request):
                 raise BlockingIOError
             parts = answer(self._opener, request, self._form, self._contexts, nowait=True)
         except BlockingIOError:
@@ -437,6 +443,12 @@ def _kept(request: Request) -> Request:
     """The same request, with a payload of its own."""
     *head, payload = request
     return *head, None if payload is None else memoryview(bytes(payload))  # type: ignore[return-value]
+
+
+def _is_long(request: Request) -> bool:
+    """Whether it takes too long for the event loop. Looking does not: it ends early (`extents`)."""
+    refusal, command, _cookie, _offset, length, _flags, _payload = request
+    return length > INLINE and not refusal and command != NBD_CMD_BLOCK_STATUS
 
 
 def _held(request: Request) -> int:

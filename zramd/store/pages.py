@@ -34,7 +34,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
-from itertools import groupby
 from typing import Final, TypeVar
 
 from zramd.errors import Corrupt, DeviceBusy, StoreFull
@@ -59,7 +58,7 @@ from zramd.store.table import (
     address_of,
     fill_of,
     inline_fill,
-    kind_of,
+    kinds_of,
     length_of,
 )
 from zramd.store.zcomp import FAILURES, Buffer, Comp
@@ -82,9 +81,9 @@ _WORTH_SHARE: Final = 128
 the memory: the scan, 50 us a table page, then costs less than the writes that fill what is gained.
 """
 
-EXTENTS_LOOK: Final = 1 << 30
-"""Bytes of stored pages that one call of `extents` looks at: 60 ms, in which others wait for the
-interpreter now and then. Holes cost next to nothing."""
+EXTENTS_LOOK: Final = 64 << 20
+"""Bytes of stored pages that one call of `extents` looks at: 1 ms, in which others wait. Holes cost
+next to nothing."""
 
 _STRIPES: Final = 64
 _ZEROS: Final = bytes(PAGE)
@@ -547,7 +546,7 @@ class Pages:
 
     def _runs(self, first: int, last: int) -> Iterator[tuple[int, int, Kind]]:
         """(start, stop, kind) of slots, in order, neighbours not always merged; cut off where
-        enough was looked at."""
+        enough was looked at. A table page that was given up meanwhile is a hole."""
         at, looked = first, 0
         for start, stop in self._stored(first, last):
             if at < start:
@@ -556,11 +555,12 @@ class Pages:
             if looked >= EXTENTS_LOOK // PAGE:
                 return
             looked += stop - start
-            # One that was given up meanwhile has no words.
-            words = self._words(start, stop) or [0] * (stop - start)
-            for kind, run in groupby(map(kind_of, words)):
-                at += (count := len(list(run)))
-                yield at - count, at, kind
+            with self._slot_lock(start):
+                occupied = self.arena.table_pages.occupied[start // SLOTS_PER_TABLE_PAGE]
+                words = self.arena.table[start:stop].tobytes() if occupied else b""
+            for count, kind in kinds_of(words):
+                yield at, at + count, kind
+                at += count
         if at < last:
             yield at, last, Kind.HOLE
 

