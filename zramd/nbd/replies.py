@@ -49,7 +49,12 @@ Reply = tuple[bytes, ...]
 Extents = Sequence[tuple[int, int]]
 """(bytes, flags) of a context."""
 
-_DATA: Final = Struct(f"{STRUCTURED_REPLY.format}{REPLY_DATA.format[1:]}")
+_DATA_BEGINS: Final = STRUCTURED_REPLY.pack(
+    NBD_STRUCTURED_REPLY_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_OFFSET_DATA, bytes(8), 0
+)[:8]
+_DATA_REPLY: Final = Struct(">8s8sIQ").pack
+"""What begins like that, cookie, length, offset: 0.1 us more than a simple reply, where packing all
+of it one by one takes 0.35."""
 _HOLE: Final = Struct(f"{STRUCTURED_REPLY.format}{REPLY_HOLE.format[1:]}")
 
 
@@ -81,11 +86,10 @@ class Structured(Simple):
 
     def data(self, cookie: bytes, offset: int, data: bytes) -> Reply:
         size = len(data)
-        if _zero(data):
+        if not data[0] and _zero(data):
             header = NBD_STRUCTURED_REPLY_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_OFFSET_HOLE
             return (_HOLE.pack(*header, cookie, REPLY_HOLE.size, offset, size),)
-        header = NBD_STRUCTURED_REPLY_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_OFFSET_DATA
-        return _DATA.pack(*header, cookie, REPLY_DATA.size + size, offset), data
+        return _DATA_REPLY(_DATA_BEGINS, cookie, REPLY_DATA.size + size, offset), data
 
     def error(self, cookie: bytes, offset: int, error: int, why: str) -> Reply:
         return self._chunk(cookie, offset, NBD_REPLY_TYPE_ERROR, _packed_error(error, why))
@@ -118,7 +122,7 @@ class Extended(Structured):
         return self._chunk(cookie, 0, NBD_REPLY_TYPE_NONE, b"")
 
     def data(self, cookie: bytes, offset: int, data: bytes) -> Reply:
-        if _zero(data):
+        if not data[0] and _zero(data):
             hole = REPLY_HOLE.pack(offset, len(data))
             return self._chunk(cookie, offset, NBD_REPLY_TYPE_OFFSET_HOLE, hole)
         header = NBD_EXTENDED_REPLY_MAGIC, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_OFFSET_DATA
@@ -143,8 +147,9 @@ EXTENDED: Final = Extended()
 
 
 def _zero(data: bytes) -> bool:
-    # The two bytes are a filter: zeros take 50 us for a MiB, and most data are none.
-    return not data[0] and not data[-1] and data == bytes(len(data))
+    """Whether all is 0, if the first byte is. (Most data are told by the first or last; zeros take
+    50 us for a MiB.)"""
+    return not data[-1] and data == bytes(len(data))
 
 
 def _packed_error(error: int, why: str) -> bytes:
