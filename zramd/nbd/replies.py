@@ -66,7 +66,7 @@ class Simple:
     extended: ClassVar[bool] = False
     """Whether a request says that it has a payload."""
 
-    def done(self, cookie: bytes) -> Reply:
+    def done(self, cookie: bytes, _offset: int) -> Reply:
         return (SIMPLE_REPLY_OK + cookie,)
 
     def data(self, cookie: bytes, _offset: int, data: bytes) -> Reply:
@@ -118,8 +118,8 @@ class Extended(Structured):
     magic = NBD_EXTENDED_REQUEST_MAGIC
     extended = True
 
-    def done(self, cookie: bytes) -> Reply:
-        return self._chunk(cookie, 0, NBD_REPLY_TYPE_NONE, b"")
+    def done(self, cookie: bytes, offset: int) -> Reply:
+        return self._chunk(cookie, offset, NBD_REPLY_TYPE_NONE, b"")
 
     def data(self, cookie: bytes, offset: int, data: bytes) -> Reply:
         if not data[0] and _zero(data):

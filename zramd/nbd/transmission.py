@@ -333,7 +333,7 @@ def answer(
                 return form.error(cookie, offset, errno.EINVAL, "no context was negotiated")
             else:  # NBD_CMD_FLUSH
                 opener.flush()
-            return form.done(cookie)
+            return form.done(cookie, offset)
     except OutOfRange as beyond:
         error = errno.ENOSPC if command in _STORING else errno.EINVAL
         why = beyond.message
