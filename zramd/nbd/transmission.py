@@ -73,7 +73,8 @@ MAX_PAYLOAD = 32 << 20
 """The longest READ or WRITE; the limit clients assume when a server names none."""
 
 MAX_SKIPPED = 128 << 20
-"""The longest payload thrown away to keep the connection, as nbdkit does."""
+"""The longest payload thrown away to keep the connection, as nbdkit does. With extended headers the
+specification wants nothing thrown away that is longer than MAX_PAYLOAD."""
 
 INLINE = 128 << 10
 """Longest request, in bytes, that is worth answering on the spot; the kernel's request size, too.
@@ -272,7 +273,7 @@ class Receiver:
         flags: int,
     ) -> None:
         """Begins a request whose payload has a buffer of its own."""
-        if length > MAX_SKIPPED:
+        if length > (MAX_PAYLOAD if self._form.extended else MAX_SKIPPED):
             self._violate(f"a payload of {length} bytes")
             return
         payload = None if refusal else memoryview(bytearray(length))
