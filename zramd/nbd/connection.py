@@ -232,12 +232,13 @@ class Connection(asyncio.BufferedProtocol):
     async def _begin_tls(self, negotiation: Negotiation) -> None:
         """The handshake's time is that of the whole."""
         assert self._server.tls is not None
+        peer = _peer(self._transport)  # a closed socket cannot say
         try:
             secured = await self._loop.start_tls(
                 self._transport, self, self._server.tls.context, server_side=True
             )
         except OSError as error:  # the transport is closed, and we hear of that by ourselves
-            _log.info("dropping %s: no TLS: %s", _peer(self._transport), error)
+            _log.info("dropping %s: no TLS: %s", peer, error)
             return
         if secured is None or self._lost:
             return
