@@ -20,12 +20,13 @@ DEADLINE_S = 30
 class RunningServer:
     """`Server` on an event loop in a thread. `do` runs a coroutine there, `ask` a function."""
 
-    def __init__(self, zram: Zram) -> None:
+    def __init__(self, zram: Zram, **options: Any) -> None:
+        """The options are those of `Server`."""
         self.zram = zram
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server's loop")
         self._thread.start()
-        self.server = self.ask(lambda: Server(zram))
+        self.server = self.ask(lambda: Server(zram, **options))
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.begin(work).result(DEADLINE_S)
