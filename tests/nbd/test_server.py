@@ -22,7 +22,6 @@ from zramd.nbd.wire import (
     NBD_CMD_READ,
     NBD_CMD_TRIM,
     NBD_CMD_WRITE,
-    NBD_CMD_WRITE_ZEROES,
 )
 from zramd.opener import Opener
 
@@ -152,14 +151,6 @@ def test_a_pipeline_in_one_piece_is_answered_in_order(address):
         sender.join()
 
 
-def test_a_request_in_single_bytes_is_answered(address):
-    with RawClient(address) as client:
-        for byte in request(NBD_CMD_WRITE, 5, 3, cookie=9) + b"abc":
-            client.send(bytes([byte]))
-        assert client.reply() == (9, 0)
-        assert client.read(4, 5) == b"\0abc\0"
-
-
 @pytest.mark.parametrize("length", [16, 4096])  # in the same piece as the handshake, and not
 def test_what_is_sent_ahead_of_the_handshakes_end_is_answered(address, length):
     with RawClient(address, None) as client:
@@ -211,17 +202,6 @@ def test_a_short_request_overtakes_long_ones(address, held):
         assert client.receive(LONG) == bytes(LONG)
 
 
-@pytest.mark.parametrize("command", [NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES])
-@pytest.mark.parametrize("length", [4096, SIZE])
-def test_trim_and_zeroes_free_what_was_stored(address, zram, command, length):
-    with RawClient(address) as client:
-        client.write(0, noise(4096))
-        assert zram.statistics().orig_data_size == 4096
-        assert client.error(request(command, 0, length)) == 0
-        assert zram.statistics().orig_data_size == 0
-        assert client.read(0, 4096) == bytes(4096)
-
-
 def test_a_full_store_refuses_the_write_and_the_connection_lives(address, zram):
     with RawClient(address) as client:
         client.write(0, b"a" * 4096)
@@ -256,15 +236,6 @@ def test_out_of_range_is_counted_by_the_device(address, zram):
         assert client.error(request(NBD_CMD_TRIM, SIZE, 4096)) == 22
         assert client.error(request(NBD_CMD_WRITE, SIZE, 4096) + bytes(4096)) == ENOSPC
     assert zram.statistics().invalid_io == 2
-
-
-def test_a_fault_of_ours_costs_one_request_and_not_the_connection(address, monkeypatch):
-    with RawClient(address) as client:
-        with monkeypatch.context() as patched:
-            patched.setattr(Opener, "read", lambda *_: 1 / 0)
-            assert client.error(request(NBD_CMD_READ, 0, 1)) == EIO
-            assert client.error(request(NBD_CMD_READ, 0, LONG)) == EIO
-        assert client.read(0, 1) == b"\0"
 
 
 def test_many_connections_at_once(running, address, zram):
@@ -395,18 +366,6 @@ def test_nothing_is_read_after_disc_while_replies_are_outstanding(running, addre
         assert client.ended()
 
 
-def test_a_half_closed_connection_gets_its_replies(address, zram, held):
-    with RawClient(address) as client:
-        client.send(request(NBD_CMD_READ, 0, LONG, cookie=1) + request(NBD_CMD_FLUSH, cookie=2))
-        client.sock.shutdown(socket.SHUT_WR)
-        assert client.reply() == (2, 0)
-        held.set()
-        assert client.reply() == (1, 0)
-        client.receive(LONG)
-        assert client.ended()
-        assert openers(zram) == ()
-
-
 @pytest.mark.parametrize("sent", [0, 1, 100, INLINE])
 def test_a_write_whose_payload_never_ends_is_not_done(running, address, zram, sent):
     client = RawClient(address)
@@ -430,23 +389,6 @@ def test_a_client_that_vanishes_leaves_its_requests_to_end_first(running, addres
     held.set()
     wait_for(lambda: running.server.connections == 0)
     assert openers(zram) == ()
-
-
-@pytest.mark.parametrize(
-    "junk",
-    [b"GET / HTTP/1.1\r\nHost: zram0\r\nX: 1234\r\n\r\n", request(NBD_CMD_WRITE, 0, 200 * MIB)],
-)
-def test_a_peer_that_breaks_the_framing_is_dropped_after_what_came_before(
-    running, address, zram, junk
-):
-    with RawClient(address) as client:
-        client.send(request(NBD_CMD_FLUSH) + junk)
-        assert client.reply() == (1, 0)
-        assert client.ended()
-    wait_for(lambda: running.server.connections == 0)
-    assert openers(zram) == ()
-    with RawClient(address) as client:
-        assert client.read(0, 1) == b"\0"
 
 
 def test_any_junk_leaves_the_server_serving(running, address, zram):

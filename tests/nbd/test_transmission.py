@@ -1,4 +1,5 @@
-"""Requests out of bytes, whatever pieces they come in, and the reply each deserves."""
+"""Requests out of bytes, whatever pieces they come in and whoever uses the buffer in between, and
+what may go wrong with them; what reply each deserves, tests/nbd/conformance asks."""
 
 import errno
 import logging
@@ -8,23 +9,21 @@ import pytest
 
 from zramd.errors import Corrupt, NotInitialised, OutOfRange, StoreFull, ZramdError
 from zramd.nbd import transmission, wire
-from zramd.nbd.contexts import CONTEXTS
 from zramd.nbd.replies import EXTENDED, SIMPLE, STRUCTURED
-from zramd.nbd.transmission import BUFFER, INLINE, MAX_PAYLOAD, MAX_SKIPPED, OWN, answer
-from zramd.store.table import Kind
+from zramd.nbd.transmission import BUFFER, INLINE, MAX_SKIPPED, OWN, answer
 
 SIZE = 1 << 20
 READ, WRITE, DISC, FLUSH = 0, 1, 2, 3
-TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = 4, 5, 6, 7
-FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = 1, 2, 4, 8, 16, 32
+TRIM, CACHE, WRITE_ZEROES = 4, 5, 6
+FUA, NO_HOLE, DF, PAYLOAD_LEN = 1, 2, 4, 32
 EINVAL, ENOSPC, EIO = 22, 28, 5
 
 
 class Memory:
     """An Opener over a bytearray; `trouble` is raised instead, once set."""
 
-    def __init__(self, size=SIZE):
-        self.data = bytearray(b"\xaa") * size
+    def __init__(self):
+        self.data = bytearray(b"\xaa") * SIZE
         self.trouble = None
 
     def _check(self, offset, length):
@@ -53,14 +52,6 @@ class Memory:
 
     def cache(self, offset, length):
         self._check(offset, length)
-
-    def extents(self, offset, length, most):
-        self._check(offset, length)
-        kinds = [Kind.HOLE, Kind.ZERO, Kind.HUGE, Kind.COMPRESSED, Kind.SAME, Kind.LOST]
-        runs = [
-            (min(512, length - at), kinds[(offset + at) // 512 % 6]) for at in range(0, length, 512)
-        ]
-        return runs[:most]
 
 
 class Receiver(transmission.Receiver):
@@ -111,9 +102,9 @@ def pour(receiver, data, step=None):
     return found
 
 
-def served(data, opener=None, form=SIMPLE, contexts=(), **options):
+def served(data, opener=None, form=SIMPLE):
     """The replies' bytes to all requests in `data`."""
-    receiver, opener = Receiver(SIZE, form, **options), opener or Memory()
+    receiver, opener = Receiver(SIZE, form), opener or Memory()
     sent = b""
     view = memoryview(data)
     while len(view):
@@ -123,7 +114,7 @@ def served(data, opener=None, form=SIMPLE, contexts=(), **options):
         view = view[count:]
         receiver.received(count)
         for each in receiver.requests():
-            sent += b"".join(answer(opener, each, form, contexts))
+            sent += b"".join(answer(opener, each, form))
         receiver.keep()
     return sent
 
@@ -270,112 +261,7 @@ def test_a_payload_that_no_client_sends_ends_the_connection():
     assert str(MAX_SKIPPED + 1) in receiver.violation
 
 
-@pytest.mark.parametrize(("offset", "error"), [(0, EINVAL), (SIZE, ENOSPC), (2**64 - 256, ENOSPC)])
-def test_a_payload_beyond_the_limit_is_skipped_and_answered(offset, error):
-    receiver = Receiver(1 << 30 if error == EINVAL else SIZE)
-    length = MAX_PAYLOAD + 1
-    expected = (error, WRITE, cookie(1), offset, length, None)
-    found = pour(receiver, request(WRITE, offset, length) + bytes(length) + request(FLUSH))
-    assert found == [expected, (0, FLUSH, cookie(1), 0, 0, None)]
-
-
-def test_the_longest_write_arrives():
-    opener = Memory(MAX_PAYLOAD)
-    payload = b"0123456789abcdef" * (MAX_PAYLOAD // 16)
-    assert served(write(0, payload), opener) == wire.pack_simple_reply(cookie(1), 0)
-    assert opener.data == payload
-
-
-# Every command, flag and error of the specification
-
-ALLOWED = {
-    READ: FUA,
-    WRITE: FUA,
-    FLUSH: FUA,
-    TRIM: FUA,
-    CACHE: FUA,
-    WRITE_ZEROES: FUA | NO_HOLE | FAST_ZERO,
-}
-
-
-@pytest.mark.parametrize("flags", [0, *(1 << bit for bit in range(16)), 3, 5, 0xFFFF])
-@pytest.mark.parametrize("command", ALLOWED)
-def test_a_flag_is_refused_unless_it_is_valid_for_the_command(command, flags):
-    expected = EINVAL if flags & ~ALLOWED[command] else 0
-    length = 0 if command == FLUSH else 512
-    payload = bytes(512) if command == WRITE else b""
-    assert error_of(request(command, 0, length, flags, payload=payload)) == expected
-
-
-@pytest.mark.parametrize("command", [BLOCK_STATUS, 8, 9, 255, 256, 0xFFFF])
-def test_a_command_that_was_not_advertised_is_refused_and_the_connection_lives(command):
-    opener = Memory()
-    sent = served(request(command, 0, 512) + request(READ, 0, 1, number=2), opener)
-    assert sent == wire.pack_simple_reply(cookie(1), EINVAL) + (
-        wire.pack_simple_reply(cookie(2), 0) + b"\xaa"
-    )
-
-
-@pytest.mark.parametrize(
-    ("offset", "length"),
-    [
-        (SIZE, 1),
-        (SIZE - 1, 2),
-        (0, SIZE + 1),
-        (SIZE + 1, 1),
-        (2**63, 512),
-        (2**64 - 256, 512),
-        (2**64 - 1, 1),
-        (2**64 - 1, 0xFFFFFFFF),
-    ],
-)
-@pytest.mark.parametrize(
-    ("command", "error"),
-    [(READ, EINVAL), (TRIM, EINVAL), (CACHE, EINVAL), (WRITE, ENOSPC), (WRITE_ZEROES, ENOSPC)],
-)
-def test_out_of_bounds(command, error, offset, length):
-    if command == WRITE:
-        length = min(length, SIZE + 1)
-    payload = bytes(length) if command == WRITE else b""
-    opener = Memory()
-    before = bytes(opener.data)
-    assert error_of(request(command, offset, length, payload=payload), opener) == error
-    assert opener.data == before
-
-
-@pytest.mark.parametrize(
-    ("command", "offset", "length", "error"),
-    [
-        (READ, 0, 0, EINVAL),
-        (WRITE, 0, 0, EINVAL),
-        (TRIM, 0, 0, EINVAL),
-        (CACHE, 0, 0, EINVAL),
-        (WRITE_ZEROES, 0, 0, EINVAL),
-        (FLUSH, 0, 0, 0),
-        (FLUSH, 5, 0, EINVAL),
-        (FLUSH, 0, 5, EINVAL),
-        (FLUSH, 5, 5, EINVAL),
-        (READ, 0, MAX_PAYLOAD + 1, EINVAL),
-        (READ, 0, 0xFFFFFFFF, EINVAL),
-        (READ, 0, SIZE, 0),
-        (READ, SIZE - 1, 1, 0),
-        (TRIM, 0, SIZE, 0),
-        (WRITE_ZEROES, 0, SIZE, 0),
-    ],
-)
-def test_lengths_at_the_edge(command, offset, length, error):
-    assert error_of(request(command, offset, length)) == error
-
-
-def test_each_command_does_what_it_says():
-    opener = Memory()
-    ok = wire.pack_simple_reply(cookie(1), 0)
-    assert served(write(3, b"abc"), opener) == ok
-    assert served(request(READ, 2, 5), opener) == ok + b"\xaaabc\xaa"
-    assert served(request(WRITE_ZEROES, 4, 1), opener) == ok
-    assert served(request(READ, 2, 5), opener) == ok + b"\xaaa\0c\xaa"
-    assert served(request(TRIM, 0, 4096), opener) == ok
-    assert served(request(FLUSH), opener) == ok
+# Errors
 
 
 class Oddity(ZramdError):
@@ -430,26 +316,7 @@ def test_an_error_of_the_device_is_no_fault_and_not_logged(caplog):
     assert not caplog.records
 
 
-def test_nothing_is_advertised_that_is_not_done():
-    # HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES MULTI_CONN CACHE FAST_ZERO
-    assert transmission.FLAGS == 0b1101_0110_1101
-
-
-@pytest.mark.parametrize("command", [WRITE, TRIM, WRITE_ZEROES])
-def test_a_read_only_export_is_not_changed(command):
-    opener = Memory()
-    payload = bytes(512) if command == WRITE else b""
-    message = request(command, 0, 512, payload=payload) + request(READ, 0, 1, number=2)
-    sent = served(message, opener, read_only=True)
-    assert sent == struct.pack(">II8sII8s", 0x67446698, 1, cookie(1), 0x67446698, 0, cookie(2)) + (
-        b"\xaa"
-    )
-    assert opener.data == b"\xaa" * SIZE
-
-
-# Chunks, and headers with 64-bit lengths
-
-BASE, STATE = CONTEXTS["base:allocation"], CONTEXTS["zramd:state"]
+# Chunks
 
 
 def chunk(kind, data, number=1, done=True):
@@ -463,17 +330,6 @@ def long_chunk(kind, data, offset=0, number=1, done=True):
 def long_request(command, offset=0, length=0, flags=0, number=1, payload=b""):
     head = struct.pack(">IHH8sQQ", 0x21E41C71, flags, command, cookie(number), offset, length)
     return head + payload
-
-
-def test_a_read_is_one_chunk_of_data_or_a_hole():
-    opener = Memory()
-    opener.data[1024:4096] = bytes(3072)
-    data = struct.pack(">Q", 512) + b"\xaa" * 512 + bytes(512)
-    hole = struct.pack(">QI", 1024, 3072)
-    asked = request(READ, 512, 1024, DF) + request(READ, 1024, 3072)
-    assert served(asked, opener, STRUCTURED) == chunk(1, data) + chunk(2, hole)
-    asked = long_request(READ, 512, 1024, DF) + long_request(READ, 1024, 3072)
-    assert served(asked, opener, EXTENDED) == long_chunk(1, data, 512) + long_chunk(2, hole, 1024)
 
 
 def test_an_error_is_a_chunk_with_words_and_what_went_well_a_simple_reply():
@@ -496,34 +352,6 @@ def test_words_end_with_a_whole_character():
     assert sent == chunk(0x8001, struct.pack(">IH", ENOSPC, 4096) + "\u00e4".encode() * 2048)
 
 
-def test_block_status_is_a_chunk_for_each_context():
-    base = [(512, 3), (512, 2), (2048, 0), (512, 3), (100, 2)]
-    state = [(512, 0), (512, 1), (512, 3), (512, 2), (512, 1), (512, 4), (512, 0), (100, 1)]
-    base[2:3] = [(2048, 0)]
-    asked = request(BLOCK_STATUS, 0, 3684)
-    told = [
-        struct.pack(">I", context) + b"".join(struct.pack(">II", *each) for each in extents)
-        for context, extents in ((BASE, base), (STATE, state))
-    ]
-    sent = served(asked, Memory(), STRUCTURED, (BASE, STATE))
-    assert sent == chunk(5, told[0], done=False) + chunk(5, told[1])
-    assert served(asked, Memory(), STRUCTURED, (STATE,)) == chunk(5, told[1])
-    told = struct.pack(">II", BASE, 5) + b"".join(struct.pack(">QQ", *each) for each in base)
-    sent = served(long_request(BLOCK_STATUS, 0, 3684), Memory(), EXTENDED, (BASE,))
-    assert sent == long_chunk(6, told)
-
-
-def test_block_status_tells_of_one_extent_where_one_is_asked_for():
-    sent = served(request(BLOCK_STATUS, 512, 1024, REQ_ONE), Memory(), STRUCTURED, (BASE,))
-    assert sent == chunk(5, struct.pack(">III", BASE, 512, 2))
-
-
-def test_block_status_without_a_context_is_refused():
-    sent = served(request(BLOCK_STATUS, 0, 512), Memory(), STRUCTURED)
-    assert sent.startswith(chunk(0x8001, b"").removesuffix(bytes(4)))
-    assert struct.unpack_from(">I", sent, 20) == (EINVAL,)
-
-
 @pytest.mark.parametrize("step", [None, 1, 31])
 def test_a_payload_of_another_command_is_consumed_and_refused(step):
     stream = (
@@ -539,12 +367,3 @@ def test_a_payload_of_another_command_is_consumed_and_refused(step):
         (EINVAL, READ, INLINE + 1),
         (0, TRIM, 1 << 40),
     ]
-
-
-@pytest.mark.parametrize(
-    ("form", "message"), [(EXTENDED, request(FLUSH)), (STRUCTURED, long_request(FLUSH) + bytes(28))]
-)
-def test_a_request_of_the_other_form_ends_the_connection(form, message):
-    receiver = Receiver(SIZE, form)
-    assert pour(receiver, message + bytes(28)) == []
-    assert receiver.violation
