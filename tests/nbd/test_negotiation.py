@@ -109,6 +109,13 @@ def test_an_export_that_cannot_be_had_is_unknown_with_the_reason(converse, numbe
     assert negotiation.state is State.HAGGLING
 
 
+def test_a_device_that_cannot_be_had_is_listed_without_a_description(converse):
+    exports = OneExport()
+    exports.trouble = NotInitialised("no disksize yet")
+    _, sent = converse(FIXED + option(wire.NBD_OPT_LIST), exports)
+    assert replies(sent)[0] == (3, wire.NBD_REP_SERVER, b"\0\0\0\x05zram0")
+
+
 @pytest.mark.parametrize(
     "conversation",
     [

@@ -222,10 +222,18 @@ class Negotiation:
     def _list(self, option: int, data: bytes) -> bytes:
         _must_be_empty(data)
         servers = (
-            wire.pack_option_reply(option, wire.NBD_REP_SERVER, wire.pack_server(name))
+            wire.pack_option_reply(
+                option, wire.NBD_REP_SERVER, wire.pack_server(name, self._description(name))
+            )
             for name in self._exports.names()
         )
         return b"".join(servers) + wire.pack_option_reply(option, wire.NBD_REP_ACK)
+
+    def _description(self, name: str) -> str:
+        try:
+            return self._exports.describe(name).description
+        except ZramdError:
+            return ""  # it is listed all the same; INFO and GO say what is wrong
 
     def _info(self, option: int, data: bytes) -> bytes:
         """NBD_OPT_INFO, and NBD_OPT_GO, which is the same and then begins the transmission."""

@@ -260,10 +260,10 @@ def pack_context(identifier: int, name: str) -> bytes:
     return _U32.pack(identifier) + name.encode()
 
 
-def pack_server(name: str) -> bytes:
+def pack_server(name: str, description: str = "") -> bytes:
     """The data of NBD_REP_SERVER: one line of NBD_OPT_LIST."""
     raw = name.encode()
-    return _U32.pack(len(raw)) + raw
+    return _U32.pack(len(raw)) + raw + description.encode()
 
 
 def pack_info_export(export: ExportInfo) -> bytes:
