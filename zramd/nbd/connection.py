@@ -53,7 +53,6 @@ from zramd.nbd.wire import (
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_READ,
     NBD_CMD_WRITE,
-    NBD_FLAG_READ_ONLY,
     ExportInfo,
 )
 from zramd.opener import Opener
@@ -149,7 +148,7 @@ class Connection(asyncio.BufferedProtocol):
         zram = self._server.zram
         return ExportInfo(
             size,
-            transmission.FLAGS | (NBD_FLAG_READ_ONLY if self._server.read_only else 0),
+            transmission.READ_ONLY_FLAGS if self._server.read_only else transmission.FLAGS,
             minimum_block=1,
             preferred_block=4096,
             maximum_payload=transmission.MAX_PAYLOAD,

@@ -46,6 +46,7 @@ from zramd.nbd.wire import (
     NBD_CMD_WRITE_ZEROES,
     NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_HAS_FLAGS,
+    NBD_FLAG_READ_ONLY,
     NBD_FLAG_SEND_CACHE,
     NBD_FLAG_SEND_FAST_ZERO,
     NBD_FLAG_SEND_FLUSH,
@@ -68,6 +69,11 @@ FLAGS = (
 )
 """What this module can do, as transmission flags. In RAM a completed write is as safe as it gets,
 so FLUSH and FUA cost nothing and hold for all connections at once, and everything is cached."""
+
+READ_ONLY_FLAGS = NBD_FLAG_READ_ONLY | (
+    FLAGS & ~(NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO)
+)
+"""Of a read-only export, as nbdkit and qemu-nbd have it: what would change it is not offered."""
 
 MAX_PAYLOAD = 32 << 20
 """The longest READ or WRITE; the limit clients assume when a server names none."""
