@@ -476,9 +476,9 @@ def cache(opener: Opener, count: int, offset: int, flags: int) -> None:
 def extents(opener: Opener, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     types = {Kind.HOLE: nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO, Kind.ZERO: nbdkit.EXTENT_ZERO}
     found = []
+    one = bool(flags & nbdkit.FLAG_REQ_ONE)
     try:
-        most = 1 if flags & nbdkit.FLAG_REQ_ONE else _MOST_EXTENTS
-        for size, kind in opener.extents(offset, count, most):
+        for size, kind in opener.extents(offset, count, _MOST_EXTENTS, alike=one):
             found.append((offset, size, types.get(kind, 0)))
             offset += size
     except ZramdError as error:

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,7 @@ from zramd.opener import IoCounts, Opener
 from zramd.store import PAGE, compaction, table
 from zramd.store.arena import SPAN, Arena
 from zramd.store.pages import Pages
+from zramd.store.table import Kind
 
 DEADLINE = 60
 """Seconds after which a test has failed: never waited for, unless something hangs."""
@@ -1524,7 +1526,10 @@ class DeviceAgainstBytearray(RuleBasedStateMachine):
             at = min(at, opener.size - length)
             content = self.model.content[at : at + length]
             assert opener.read(at, length) == content
-            extents_agree(content, opener.extents(at, length, length))
+            extents = opener.extents(at, length, length)
+            extents_agree(content, extents)
+            first = next(groupby(extents, lambda run: min(run[1], Kind.SAME)), (None, ()))[1]
+            assert opener.extents(at, length, length, alike=True) == list(first)
 
     @invariant()
     def statistics_are_right(self) -> None:

@@ -16,7 +16,7 @@ Every request takes no device lock, and goes the same way:
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 
 from zramd.errors import Corrupt, NotInitialised, OutOfRange, StoreFull
 from zramd.gate import Gate
@@ -67,6 +67,11 @@ class IoCounts:
                 figures[FAILED_WRITES] = self.failed_writes
                 figures[INVALID_IO] = self.invalid_io
                 figures[NOTIFY_FREE] = self.notify_free
+
+
+def _allocation(extent: tuple[int, Kind]) -> Kind:
+    """Its kind, where all data are of one."""
+    return min(extent[1], Kind.SAME)
 
 
 class Opener:
@@ -154,13 +159,19 @@ class Opener:
         finally:
             self._gate.leave(record)
 
-    def extents(self, offset: int, length: int, most: int) -> list[tuple[int, Kind]]:
+    def extents(
+        self, offset: int, length: int, most: int, *, alike: bool = False
+    ) -> list[tuple[int, Kind]]:
         """(bytes, how they are stored) along the range, neighbours merged, none empty: the first
-        `most` of them, and fewer where that takes long; at least one, of a range not empty."""
+        `most` of them, and fewer where that takes long; at least one, of a range not empty. Where
+        `alike`, those before the first that differs in whether it is a hole, zeros or data."""
         record = self._gate.enter(self.who)
         try:
             self._check(offset, length)
-            return list(islice(self._pages.extents(offset, length), most))
+            found = self._pages.extents(offset, length)
+            if alike:
+                _, found = next(groupby(found, key=_allocation), (None, iter(())))
+            return list(islice(found, most))
         finally:
             self._gate.leave(record)
 
