@@ -355,8 +355,12 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    return [(_plugin.zram.name, export_description(None))]
+
+
+def export_description(opener: Opener | None) -> str:
     zram = _plugin.zram
-    return [(zram.name, f"zramd, {sizes.human(zram.disksize)}, {zram.statistics().algorithm}")]
+    return f"zramd, {sizes.human(zram.disksize)}, {zram.statistics().algorithm}"
 
 
 def open(readonly: bool) -> Opener:

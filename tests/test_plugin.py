@@ -1,6 +1,6 @@
 """What is the plugin's own under nbdkit: parameters, interpreters, errors, its place and its end.
 
-What it shares with `zramd serve` is in test_clients.py and tests/kernel.
+What it shares with `zramd serve` is in tests/clients and tests/kernel.
 """
 
 import errno
@@ -330,6 +330,27 @@ def test_holes_are_told_as_they_are(serving):
         (65536, 4096, 2),
         (69632, (16 << 20) - 69632, 3),
     ]
+
+
+def test_what_is_told_of_an_export(serving):
+    uri = f"nbd+unix:///?socket={serving.socket}"
+    for words in ([], ["--list"]):
+        done = subprocess.run(
+            [require.program("nbdinfo"), *words, uri], capture_output=True, check=True, text=True
+        )
+        assert "description: zramd, 16M, lz4\n" in done.stdout
+
+
+def test_one_extent_is_told_with_all_that_it_merges_with(serving):
+    """Data stored in three ways is one extent of data, also where a client asks for one only."""
+    serving.libnbd("import os\nh.pwrite(os.urandom(4096) + b'12345678' * 512 + b'text' * 1024, 0)")
+    script = f"""
+one = nbd.NBD()
+one.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+one.connect_unix({str(serving.socket)!r})
+one.block_status(1 << 20, 0, lambda _c, _o, entries, _e: print(entries) or 0, nbd.CMD_FLAG_REQ_ONE)
+"""
+    assert serving.libnbd(script) == "[12288, 0]\n"
 
 
 def test_a_client_that_halts_in_its_handshake_halts_nobody_else(serving):
