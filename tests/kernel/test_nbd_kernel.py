@@ -1,8 +1,9 @@
 """A real kernel's nbd against both servers, in user-mode Linux.
 
-One boot per server runs every check of in_guest.py, and one those of in_killed.py, which is about
-what only `zramd serve` does; here each is a test of its own. A guest that hangs is killed at its
-time limit, and the checks that it did not come to fail.
+One boot per server runs every check of in_guest.py, one those of in_clients.py, which is about what
+others attach, and one those of in_killed.py, about what only `zramd serve` does; here each is a
+test of its own. A guest that hangs is killed at its time limit, and the checks that it did not come
+to fail.
 """
 
 import os
@@ -20,8 +21,15 @@ from tests.kernel.servers import ROOT, SERVERS
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(960)]
 
 _LIMIT_S = 900
-_CHECK_S = {"in_guest": 120, "in_killed": 280}
-_GUESTS = [("in_killed", "zramd"), *(("in_guest", server) for server in SERVERS)]
+_CHECK_S = {"in_guest": 120, "in_killed": 280, "in_clients": 120}
+_GUESTS = [
+    ("in_killed", "zramd"),
+    *((module, server) for module in ("in_guest", "in_clients") for server in SERVERS),
+]
+_PROGRAMS = (
+    *("nbdkit", "nbd-client", "nbdcopy", "nbdinfo", "qemu-io", "qemu-nbd"),
+    *("fio", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"),
+)
 _RESULT = re.compile(r"in_\w+\.py::(\w+)\S* .*?\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
@@ -36,7 +44,7 @@ _ALL = [(*guest, check) for guest in _GUESTS for check in _checks(guest[0])]
 @cache
 def _boot(module: str, server: str) -> uml.Finished:
     """What the one boot of a module with a server printed."""
-    for program in ("nbdkit", "nbd-client", "fio", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"):
+    for program in _PROGRAMS:
         require.program(program)
     return uml.run(
         *(sys.executable, "-m", "pytest", "-v", "--tb=short", "--color=no"),
