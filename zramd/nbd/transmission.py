@@ -289,13 +289,12 @@ class Receiver:
         self._missing = length
 
     def _absorb(self) -> None:
-        """Moves what has come to the pending request that misses it."""
+        """Moves what came with the pending request's header to where the rest will come."""
         assert self._pending is not None
         start, payload = self._start, self._pending[6]
         count = min(self._missing, len(self._data) - start)
         if payload is not None and count:
-            there = len(payload) - self._missing
-            payload[there : there + count] = self._data[start : start + count]
+            payload[:count] = self._data[start : start + count]
         self._start += count
         self._missing -= count
 
