@@ -23,6 +23,16 @@ WRONG = [
     (("serve", "zram0", "--disksize=1M", "--listen=tcp:h:0"), 2, "'0'", "tcp:HOST:PORT"),
     (("serve", "zram0", "--disksize=1M", "--listen=unix:" + "x/" * 99), 2, "107", "shorter"),
     (("serve", "zram0", "--disksize=1M", "--listen=unix:/no/such/dir/s"), 2, "/no/such/dir/s", ""),
+    (("serve", "zram0", "--disksize=1M", "--listen=vsock:x:1"), 2, "'x'", "vsock:any:10809"),
+    (("serve", "zram0", "-s1M", "--listen=tcp:0.0.0.0:9"), 2, "tcp:0.0.0.0:9", "--allow-plain-tcp"),
+    (("serve", "zram0", "-s1M", "--tls=on"), 2, "tls on", "--tls-certificates DIR"),
+    (("serve", "zram0", "-s1M", "--tls-psk=/no/such"), 2, "--tls-psk", "--tls require"),
+    (
+        ("serve", "zram0", "-s1M", "--tls=on", "--tls-certificates=/no/such"),
+        *(2, "/no/such is not a directory", "server-cert.pem"),
+    ),
+    (("serve", "zram0", "-s1M", "--tls=on", "--tls-psk=/no/such"), 2, "/no/such", "psktool"),
+    (("serve", "zram0", "-s1M", "--max-connections=0"), 2, "--max-connections", "serve --help"),
     (("serve", "zram0", "zram1", "--disksize=1M"), 2, "zram1", "serve --help"),
     (("serve", "zram0", "--disk=1M"), 2, "--disk", "serve --help"),
     (("fly",), 2, "'fly'", "zramd --help"),
@@ -49,6 +59,8 @@ WRONG = [
     (("up", "zram0", "--disksize=1M", "--priority=5"), 2, "--priority", "--swap"),
     (("up", "zram0", "--disksize=1M", "--swap", "--priority=99999"), 2, "--priority", "up --help"),
     (("up", "zram0", "--disksize=1M", "--fs=xfs"), 2, "--fs", "--mount"),
+    (("up", "zram0", "-s1M", "--listen=tcp:0.0.0.0:9"), 2, "tcp:0.0.0.0:9", "--allow-plain-tcp"),
+    (("up", "zram0", "-s1M", "--swap", "--read-only"), 2, "read-only", "leave one"),
 ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zramd.errors import BadValue
-from zramd.nbd.address import TcpAddress, UnixAddress
+from zramd.nbd.address import TcpAddress, UnixAddress, VsockAddress
 from zramd.service import config
 from zramd.service.config import Config
 
@@ -33,7 +33,13 @@ def test_every_key_is_a_field_of_the_configuration(file):
         comp_algorithm = "zstd(level=3)"
         mem_limit = 1048576
         prealloc = false
-        listen = ["unix:/run/a b.sock", "tcp:[::1]:10809"]
+        listen = ["unix:/run/a b.sock", "tcp:[::1]:10809", "vsock:any:10809"]
+        tls = "require"
+        tls_certificates = "/etc/zramd/tls"
+        tls_verify_peer = true
+        allow_plain_tcp = true
+        read_only = true
+        max_connections = 8
         node = "/dev/nbd0"
         use = "mount"
         mount_point = "/mnt"
@@ -47,7 +53,17 @@ def test_every_key_is_a_field_of_the_configuration(file):
         comp_algorithm="zstd(level=3)",
         mem_limit=MIB,
         prealloc=False,
-        listen=(UnixAddress(Path("/run/a b.sock")), TcpAddress("::1", 10809)),
+        listen=(
+            UnixAddress(Path("/run/a b.sock")),
+            TcpAddress("::1", 10809),
+            VsockAddress(0xFFFFFFFF, 10809),
+        ),
+        tls="require",
+        tls_certificates=Path("/etc/zramd/tls"),
+        tls_verify_peer=True,
+        allow_plain_tcp=True,
+        read_only=True,
+        max_connections=8,
         node="/dev/nbd0",
         use="mount",
         mount_point=Path("/mnt"),
@@ -104,6 +120,16 @@ def test_swap_has_a_priority_of_its_own(file):
         ("mount_point = 2024-01-01", "mount_point: 2024-01-01 is not allowed", '"/mnt"'),
         ('fs_type = "ext4/../sh"', "fs_type: 'ext4/../sh' is not a file system", "xfs"),
         ("allow_deadlock = 0", "allow_deadlock: 0 is not allowed", "true or false"),
+        ("tls = true", "tls: true is not allowed", '"off", "on" or "require"'),
+        ('tls = "yes"', "tls: 'yes' is not allowed", '"off", "on" or "require"'),
+        ('tls_certificates = "pki"', "tls_certificates: 'pki' is relative", "from / on"),
+        ('tls_verify_peer = "yes"', "tls_verify_peer: 'yes' is not allowed", "true or false"),
+        ('tls_psk = "keys"', "tls_psk: 'keys' is relative", "from / on"),
+        ("allow_plain_tcp = 1", "allow_plain_tcp: 1 is not allowed", "true or false"),
+        ("read_only = 1", "read_only: 1 is not allowed", "true or false"),
+        ("max_connections = 0", "max_connections: 0 is not allowed", "1 to 1048576"),
+        ("max_connections = true", "max_connections: true is not allowed", "1 to 1048576"),
+        ('max_connections = "9"', "max_connections: '9' is not allowed", "1 to 1048576"),
         ("prealoc = true", "prealoc: there is no such key", "prealloc?"),
         ("colour = 1", "colour: there is no such key", "disksize, comp_algorithm"),
         ("[export.swap0]", "export: there is no such key", "disksize, comp_algorithm"),
@@ -143,6 +169,32 @@ def test_a_wrong_line_is_told_with_its_number_and_what_is_allowed(file, line, cu
             'listen = ["unix:/a", "tcp:h:1"]\nuse = "swap"',
             *(2, "swap is not served on tcp:h:1: over TCP it can deadlock", "unix:PATH only"),
         ),
+        (
+            'use = "swap"\nlisten = ["vsock:any:1"]',
+            *(3, "swap is not served on vsock:any:1: over vsock it can", "unix:PATH only"),
+        ),
+        ('use = "swap"\nread_only = true', 3, "swap cannot be read-only", "leave one"),
+        (
+            'listen = ["tcp:127.0.0.1:1", "tcp:192.0.2.1:1"]',
+            *(2, "whoever reaches tcp:192.0.2.1:1 could read and write", "allow_plain_tcp"),
+        ),
+        (
+            'listen = ["tcp:[::]:1"]\ntls = "on"\ntls_certificates = "/p"',
+            *(2, "whoever reaches tcp:[::]:1 could read and write", "--tls require"),
+        ),
+        ('tls_psk = "/keys"', 2, "--tls-psk says how", "add --tls require"),
+        ('tls_certificates = "/p"', 2, "--tls-certificates says how", "add --tls require"),
+        ("tls_verify_peer = true", 2, "--tls-verify-peer says how", "add --tls require"),
+        ('tls = "on"', 2, "tls on needs certificates", "tls_certificates"),
+        (
+            'tls = "on"\ntls_psk = "/k"\ntls_certificates = "/p"',
+            *(3, "--tls-psk and --tls-certificates exclude each other", "one"),
+        ),
+        (
+            'tls = "on"\ntls_psk = "/k"\ntls_verify_peer = true',
+            *(3, "--tls-psk and --tls-verify-peer exclude each other", "one"),
+        ),
+        ('tls_certificates = "/p"\ntls = "yes"', 3, "tls: 'yes' is not allowed", "require"),
     ],
 )
 def test_keys_that_do_not_go_together_are_told(file, text, number, culprit, step):

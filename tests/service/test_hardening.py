@@ -140,7 +140,8 @@ def test_a_reserve_that_cannot_be_locked_is_refused_though_a_deadlock_is_allowed
 def test_a_mount_is_served_all_the_same_and_what_is_missing_is_said(runtime):
     require.root()
     # An address that nobody can listen on ends it after that.
-    done = unprivileged("serve", "h1", "-s64M", "--for=mount", "--listen=tcp:192.0.2.1:10809")
+    nowhere = "--listen=tcp:192.0.2.1:10809", "--allow-plain-tcp"
+    done = unprivileged("serve", "h1", "-s64M", "--for=mount", *nowhere)
     said = [line for line in done.stderr.splitlines() if "had better have" in line]
     assert len(said) == 4, done.stderr
     assert list(runtime.iterdir()) == []

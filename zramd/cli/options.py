@@ -171,8 +171,46 @@ def device_options(command: _F) -> _F:
                 type=ADDRESS,
                 multiple=True,
                 metavar="ADDRESS",
-                help="Serve on unix:PATH or tcp:HOST:PORT too. Anyone who can connect may read"
-                " and write. Repeatable.",
+                help="Serve on unix:PATH, tcp:HOST:PORT or vsock:CID:PORT too. Anyone who can"
+                " connect may read and write, unless there is TLS. Repeatable.",
+            ),
+            click.option(
+                "--tls",
+                type=click.Choice(["off", "on", "require"]),
+                default="off",
+                show_default=True,
+                help="For clients that ask for it, or for all of them, but those of the device's"
+                " own socket.",
+            ),
+            click.option(
+                "--tls-certificates",
+                type=FILE,
+                metavar="DIR",
+                help="Has server-cert.pem and server-key.pem.",
+            ),
+            click.option(
+                "--tls-verify-peer",
+                is_flag=True,
+                help="Serve only clients with a certificate of DIR/ca-cert.pem.",
+            ),
+            click.option(
+                "--tls-psk",
+                type=FILE,
+                metavar="FILE",
+                help="Has keys, as psktool makes them, in the place of certificates.",
+            ),
+            click.option(
+                "--allow-plain-tcp",
+                is_flag=True,
+                help="Serve other machines though TLS is not required.",
+            ),
+            click.option("--read-only", is_flag=True, help="Serve no writes."),
+            click.option(
+                "--max-connections",
+                type=click.IntRange(1, config.MOST_CONNECTIONS),
+                metavar="N",
+                help="More are closed at once. The default is 1024, or what the limit of open"
+                " files leaves room for.",
             ),
             click.option(
                 "--allow-deadlock",

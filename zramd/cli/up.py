@@ -178,4 +178,18 @@ def _arguments(config: Config) -> list[str]:
         arguments.append(f"--for={config.use}")
     if config.allow_deadlock:
         arguments.append("--allow-deadlock")
+    if config.tls != "off":
+        arguments.append(f"--tls={config.tls}")
+    if config.tls_certificates is not None:
+        arguments.append(f"--tls-certificates={config.tls_certificates}")
+    if config.tls_verify_peer:
+        arguments.append("--tls-verify-peer")
+    if config.tls_psk is not None:
+        arguments.append(f"--tls-psk={config.tls_psk}")
+    if config.allow_plain_tcp:
+        arguments.append("--allow-plain-tcp")
+    if config.read_only:
+        arguments.append("--read-only")
+    if config.max_connections is not None:
+        arguments.append(f"--max-connections={config.max_connections}")
     return arguments + [f"--listen={address}" for address in config.listen]

@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, cast
 from zramd import sizes
 from zramd.errors import BadValue, NotInitialised
 from zramd.nbd import transmission
-from zramd.nbd.address import TcpAddress
+from zramd.nbd.address import address_of
 from zramd.nbd.negotiation import Negotiation, State
 from zramd.nbd.replies import SIMPLE, Reply, Simple
 from zramd.nbd.transmission import INLINE, Receiver, Request, answer
@@ -59,6 +59,7 @@ from zramd.opener import Opener
 
 if TYPE_CHECKING:
     from zramd.nbd.server import Server
+    from zramd.nbd.tls import Tls
 
 _BATCH = 1 << 20
 _TURN_SECONDS = 0.005  # a slow codec takes 0.6 ms for a request of one byte
@@ -85,14 +86,14 @@ _log = logging.getLogger(__name__)
 class Connection(asyncio.BufferedProtocol):
     """One client, from its handshake to its end."""
 
-    def __init__(self, server: "Server") -> None:
+    def __init__(self, server: "Server", tls: "Tls | None") -> None:
         self._server = server
+        self._tls = tls
         self._loop = asyncio.get_running_loop()
         self.gone = self._loop.create_future()
         """Done when the socket and the Opener are closed."""
         self._transport: asyncio.Transport
         self._opener: Opener | None = None
-        tls = server.tls
         self._negotiation: Negotiation | None = Negotiation(
             self, tls_offered=tls is not None, tls_required=tls is not None and tls.required
         )
@@ -160,6 +161,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if not self._server.admits():
+            self._transport.abort()
+            return
         self._server.live.add(self)
         if self._server.closing:
             self._transport.abort()
@@ -230,11 +234,11 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _begin_tls(self, negotiation: Negotiation) -> None:
         """The handshake's time is that of the whole."""
-        assert self._server.tls is not None
+        assert self._tls is not None
         peer = _peer(self._transport)  # a closed socket cannot say
         try:
             secured = await self._loop.start_tls(
-                self._transport, self, self._server.tls.context, server_side=True
+                self._transport, self, self._tls.context, server_side=True
             )
         except OSError as error:  # the transport is closed, and we hear of that by ourselves
             _log.info("dropping %s: no TLS: %s", peer, error)
@@ -461,8 +465,7 @@ def _peer(transport: asyncio.BaseTransport) -> str:
     """Who is at the other end, in a few words."""
     sock = transport.get_extra_info("socket")
     if sock.family != socket.AF_UNIX:
-        host, port = transport.get_extra_info("peername")[:2]
-        return str(TcpAddress(host, port))
+        return str(address_of(sock.family, transport.get_extra_info("peername")))
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid = struct.unpack("3i", credentials)[0]
     try:

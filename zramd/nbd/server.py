@@ -7,6 +7,9 @@ Promises:
    sent has been answered, with EIO where it was not admitted; those of the next generation live on.
 3. After `close` nothing is left: no socket, no connection, no thread, no Opener; but where we only
    leave, the sockets' files, on which another process that holds the sockets goes on.
+4. At most `max_connections` clients are served; who comes beyond is accepted and closed at once, so
+   that nobody waits in vain, and there are descriptors left for all else. A place is held from the
+   connection's first moment: who does not finish the handshake in time loses it.
 
 Assumes: everything but the device's callback is called on the event loop; two servers are not
 started on one socket path at the same instant.
@@ -14,21 +17,28 @@ started on one socket path at the same instant.
 
 import asyncio
 import errno
+import logging
 import os
+import resource
 import socket
 import stat
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from zramd.device import Zram
 from zramd.errors import BadValue, ServerExists
-from zramd.nbd.address import Address, TcpAddress, UnixAddress
+from zramd.nbd.address import Address, TcpAddress, UnixAddress, VsockAddress, address_of
 from zramd.nbd.connection import LEAVE_SECONDS, LINGER_SECONDS, Connection
 from zramd.nbd.transmission import BUFFER
 from zramd.nbd.turns import Turns
+
+if TYPE_CHECKING:  # it imports OpenSSL
+    from zramd.nbd.tls import Tls
 
 THREADS = min(os.cpu_count() or 1, 8)
 """More would only queue for the GIL between two pages."""
@@ -41,14 +51,59 @@ _FILE_IS_OURS: Final[dict[str, Any]] = (
 _BACKLOG = 1024
 """Clients that connect without blocking get EAGAIN from a unix socket whose backlog is full."""
 
+_ACCEPTED_AT_ONCE: Final = 64
+"""By asyncio, of each listener, before it looks at one of them; each time there may be as many of
+the time before, and of the one before that, whom we have not refused yet."""
+
+_MOST_CONNECTIONS: Final = 1024
+"""If nobody says another number, and there are descriptors for so many."""
+_FEWEST_CONNECTIONS: Final = 16
+_OTHER_DESCRIPTORS: Final = 64 + 3 * _ACCEPTED_AT_ONCE
+"""What a server has open beside its connections: about 20, control's clients, a snapshot, and who
+is about to be refused."""
+
+_BURST_SECONDS: Final = 10.0
+"""Who is refused so soon after another is not logged again."""
+
+_log = logging.getLogger(__name__)
+
+
+def most_connections(asked: int | None) -> int:
+    """How many clients this process can serve: as many as were asked for, or a number that fits its
+    limit of descriptors, which is raised where that must be. Raises BadValue."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if asked is None:
+        return max(_FEWEST_CONNECTIONS, min(_MOST_CONNECTIONS, soft - _OTHER_DESCRIPTORS))
+    needed = asked + _OTHER_DESCRIPTORS
+    if needed > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, max(needed, hard)))
+        except (OSError, ValueError, OverflowError) as error:
+            raise BadValue(
+                f"{asked} connections take {needed} descriptors, and this process may have {hard}",
+                hint="raise that, by ulimit -Hn or LimitNOFILE=, or allow fewer",
+            ) from error
+    return asked
+
 
 class Server:
     """Serves one device, under its name and under the empty name, on any number of addresses."""
 
-    def __init__(self, zram: Zram, *, tls: Any = None, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        zram: Zram,
+        *,
+        tls: "Tls | None" = None,
+        read_only: bool = False,
+        max_connections: int | None = None,
+    ) -> None:
+        """`max_connections`: None is the most that fit the limit of descriptors. Raises BadValue
+        where more are asked for than that can be raised to."""
         self.zram = zram
         self.tls = tls
         self.read_only = read_only
+        self._max_connections = most_connections(max_connections)
+        self._full_since = -_BURST_SECONDS  # the last time that one was refused
         self.buffer = memoryview(bytearray(BUFFER))
         """What each connection receives into, on the event loop, and leaves before the next."""
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nbd")
@@ -72,30 +127,34 @@ class Server:
         """Connections that have opened the device."""
         return [connection for connection in self.live if connection.serving]
 
-    async def listen(self, address: Address, bound: Sequence[socket.socket] = ()) -> list[int]:
+    async def listen(
+        self, address: Address, bound: Sequence[socket.socket] = (), *, private: bool = False
+    ) -> list[int]:
         """Binds `address`, unless a predecessor has `bound` it, and accepts from now on; the
-        descriptors of the sockets.
+        descriptors of the sockets. `private`: only our own user can connect, and the kernel, which
+        knows no TLS; so none is required there.
 
         Raises ServerExists where somebody listens already, BadValue where nobody can.
         """
         self._loop = loop = asyncio.get_running_loop()
+        accept = partial(Connection, self, self._private_tls() if private else self.tls)
         if isinstance(address, UnixAddress):
             sock = bound[0] if bound and address.path.exists() else _bind_unix(address)
             self._sockets.append((address.path, address.path.stat()))
             listeners = [
                 await loop.create_unix_server(
-                    lambda: Connection(self), sock=sock, backlog=_BACKLOG, **_FILE_IS_OURS
+                    accept, sock=sock, backlog=_ACCEPTED_AT_ONCE, **_FILE_IS_OURS
                 )
             ]
-        elif bound:
+        elif bound or isinstance(address, VsockAddress):
             listeners = [
-                await loop.create_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
-                for sock in bound
+                await loop.create_server(accept, sock=sock, backlog=_ACCEPTED_AT_ONCE)
+                for sock in bound or [_bind_vsock(address)]  # type: ignore[arg-type]
             ]
         else:
             try:
                 listener = await loop.create_server(
-                    lambda: Connection(self), address.host, address.port, backlog=_BACKLOG
+                    accept, address.host, address.port, backlog=_ACCEPTED_AT_ONCE
                 )
             except OSError as error:
                 raise _listen_failed(address, error) from error
@@ -103,16 +162,49 @@ class Server:
         sockets = [sock for listener in listeners for sock in listener.sockets]
         if isinstance(address, TcpAddress):
             address = TcpAddress(address.host, sockets[0].getsockname()[1])
-        self._listeners += listeners
-        self.addresses.append(address)
+        self._add(listeners, address)
         return [sock.fileno() for sock in sockets]
 
     async def adopt(self, sock: socket.socket) -> None:
         """Accepts from a stream socket that listens already; whoever made its file removes it."""
         self._loop = loop = asyncio.get_running_loop()
-        listener = await loop.create_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
-        self._listeners.append(listener)
-        self.addresses.append(address_of(sock))
+        listener = await loop.create_server(
+            partial(Connection, self, self.tls), sock=sock, backlog=_ACCEPTED_AT_ONCE
+        )
+        self._add([listener], address_of(sock.family, sock.getsockname()))
+
+    def _add(self, listeners: list[asyncio.Server], address: Address) -> None:
+        for sock in [sock for listener in listeners for sock in listener.sockets]:
+            # asyncio has only one number for how many wait and how many are accepted at once.
+            with socket.socket(fileno=os.dup(sock.fileno())) as same:
+                same.listen(_BACKLOG)
+        self._listeners += listeners
+        self.addresses.append(address)
+
+    async def serve(self, sock: socket.socket) -> Connection:
+        """One client, on a stream socket that is connected already."""
+        self._loop = loop = asyncio.get_running_loop()
+        _, connection = await loop.connect_accepted_socket(
+            partial(Connection, self, self.tls), sock
+        )
+        return connection
+
+    def _private_tls(self) -> "Tls | None":
+        return None if self.tls is None else replace(self.tls, required=False)
+
+    def admits(self) -> bool:
+        """Whether there is room for one connection more."""
+        if len(self.live) < self._max_connections:
+            return True
+        assert self._loop is not None
+        now = self._loop.time()
+        if now - self._full_since >= _BURST_SECONDS:
+            _log.warning(
+                "%d connections to %s, the most there may be: who comes now is turned away",
+                *(len(self.live), self.zram.name),
+            )
+        self._full_since = now
+        return False
 
     async def close(self, *, leave: bool = False) -> None:
         """Stops accepting, answers what is in flight, closes the connections, unlinks sockets.
@@ -156,15 +248,6 @@ class Server:
                 connection.end(errno.EIO)
 
 
-def address_of(sock: socket.socket) -> Address:
-    """Where a socket listens; of an abstract one, with the @ that ss(8) shows."""
-    name = sock.getsockname()
-    if sock.family == socket.AF_UNIX:
-        path = os.fsdecode(name)
-        return UnixAddress(Path("@" + path[1:] if path.startswith("\0") else path))
-    return TcpAddress(name[0], name[1])
-
-
 def _bind_unix(address: UnixAddress) -> socket.socket:
     """A socket bound to the path, of mode 0600, in the place of a stale one."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -178,6 +261,19 @@ def _bind_unix(address: UnixAddress) -> socket.socket:
     except BaseException:
         sock.close()
         raise
+    return sock
+
+
+def _bind_vsock(address: VsockAddress) -> socket.socket:
+    try:
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _listen_failed(address, error) from error
+    try:
+        sock.bind((address.cid, address.port))
+    except OSError as error:
+        sock.close()
+        raise _listen_failed(address, error) from error
     return sock
 
 

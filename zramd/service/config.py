@@ -9,17 +9,22 @@ Every fault begins with FILE:LINE: and says in one line what is allowed.
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from zramd import sizes
 from zramd.errors import BadValue
-from zramd.nbd.address import Address, TcpAddress, parse_listen
+from zramd.nbd.address import Address, TcpAddress, UnixAddress, parse_listen
 from zramd.service.runtime import check_name
 from zramd.store import PAGE
 
 Use: TypeAlias = Literal["swap", "mount"]
+TlsMode: TypeAlias = Literal["off", "on", "require"]
+
+
+MOST_CONNECTIONS: Final = 1 << 20
+"""As many descriptors as a process may have (sysctl fs.nr_open)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,18 @@ class Config:
     """The file in which to keep the pages, and not in memory."""
     listen: tuple[Address, ...] = ()
     """Where to serve it besides its own socket."""
+    tls: TlsMode = "off"
+    """On: for clients that ask for it; on the device's own socket it is never required."""
+    tls_certificates: Path | None = None
+    """The directory that has them (zramd/nbd/tls.py)."""
+    tls_verify_peer: bool = False
+    tls_psk: Path | None = None
+    """Keys that both sides have beforehand, in the place of certificates."""
+    allow_plain_tcp: bool = False
+    """Serve other machines without requiring TLS."""
+    read_only: bool = False
+    max_connections: int | None = None
+    """None: as many as fit the limit of descriptors (zramd/nbd/server.py)."""
     node: str | None = None
     """The nbd device to attach it as; None: the first that is free."""
     use: Use | None = None
@@ -47,7 +64,8 @@ class Config:
     """Serve it for swap even where the process cannot be hardened."""
 
     def __post_init__(self) -> None:
-        for fault in (*_over_tcp(self.use, self.listen), *_in_a_file(self.use, self.arena)):
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        for _, fault in _senseless(given):
             raise fault
 
     @property
@@ -217,10 +235,10 @@ def _clashes(values: dict[str, Any], found: set[str]) -> Iterator[tuple[str, Bad
     if use == "mount" and "mount_point" not in found:
         hint = 'add a line such as mount_point = "/mnt"'
         yield "use", BadValue('use = "mount" needs a mount_point', hint=hint)
-    for fault in _over_tcp(use, values.get("listen", ())):
-        yield "listen", fault
-    for fault in _in_a_file(use, values.get("arena")):
-        yield "arena", fault
+    broken = {"tls", "tls_certificates", "tls_psk"} & found - values.keys()
+    for key, fault in _senseless(values):
+        if not (broken and key.startswith(("tls", "listen"))):  # what goes with it cannot be told
+            yield key, fault
     sizing = {"disksize", "mem_limit", "prealloc"} & found
     if "disksize" in sizing <= values.keys():
         from zramd.store.arena import reserved_spans
@@ -233,21 +251,76 @@ def _clashes(values: dict[str, Any], found: set[str]) -> Iterator[tuple[str, Bad
             yield "mem_limit" if made.mem_limit else "disksize", fault
 
 
-def _over_tcp(use: Use | None, listen: tuple[Address, ...]) -> Iterator[BadValue]:
-    for address in listen:
-        if use == "swap" and isinstance(address, TcpAddress):
-            yield BadValue(
-                f"swap is not served on {address}: over TCP it can deadlock",
-                hint="listen on unix:PATH only",
+def _senseless(given: dict[str, Any]) -> Iterator[tuple[str, BadValue]]:
+    """What does not go together, whoever says it; with the key that it is about. `given` are fields
+    of Config, of which some may be missing."""
+    use, arena = given.get("use"), given.get("arena")
+    certificates, psk = given.get("tls_certificates"), given.get("tls_psk")
+    tls = given.get("tls", "off")
+    if use == "swap":
+        for address in given.get("listen", ()):
+            if not isinstance(address, UnixAddress):
+                kind = "TCP" if isinstance(address, TcpAddress) else "vsock"
+                yield (
+                    "listen",
+                    BadValue(
+                        f"swap is not served on {address}: over {kind} it can deadlock",
+                        hint="listen on unix:PATH only",
+                    ),
+                )
+        if arena is not None:
+            yield (
+                "arena",
+                BadValue(
+                    f"swap is not kept in {arena}: writing to a file can take memory, and so"
+                    " deadlock",
+                    hint="leave the file out: swap is not needed beyond a reboot",
+                ),
             )
-
-
-def _in_a_file(use: Use | None, arena: Path | None) -> Iterator[BadValue]:
-    if use == "swap" and arena is not None:
-        yield BadValue(
-            f"swap is not kept in {arena}: writing to a file can take memory, and so deadlock",
-            hint="leave the file out: swap is not needed beyond a reboot",
+        if given.get("read_only"):
+            yield "read_only", BadValue("swap cannot be read-only", hint="leave one of them out")
+    elif tls != "require" and not given.get("allow_plain_tcp"):
+        for address in given.get("listen", ()):
+            if isinstance(address, TcpAddress) and not address.is_loopback():
+                yield (
+                    "listen",
+                    BadValue(
+                        f"whoever reaches {address} could read and write without TLS",
+                        hint="say --tls require, or --allow-plain-tcp (in a file tls, and"
+                        " allow_plain_tcp), or listen on tcp:127.0.0.1:PORT",
+                    ),
+                )
+    if tls == "off":
+        for key in ("tls_certificates", "tls_verify_peer", "tls_psk"):
+            if given.get(key):
+                yield (
+                    key,
+                    BadValue(
+                        f"{_option(key)} says how, and nothing says that there is to be TLS",
+                        hint="add --tls require, or --tls on (in a file tls)",
+                    ),
+                )
+    elif certificates is None and psk is None:
+        yield (
+            "tls",
+            BadValue(
+                f"tls {tls} needs certificates",
+                hint="add --tls-certificates DIR (in a file tls_certificates), or --tls-psk FILE",
+            ),
         )
+    elif psk is not None and (certificates is not None or given.get("tls_verify_peer")):
+        other = "tls_verify_peer" if certificates is None else "tls_certificates"
+        yield (
+            "tls_psk",
+            BadValue(
+                f"{_option('tls_psk')} and {_option(other)} exclude each other",
+                hint="choose one of them",
+            ),
+        )
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def _pages(size: int) -> int:
@@ -286,7 +359,7 @@ def _addresses(value: object) -> tuple[Address, ...]:
         raise _wrong(value, 'a list, such as ["unix:/run/zram0.sock"]')
     addresses = [parse_listen(_string(item, '"unix:/run/zram0.sock"')) for item in value]
     for address in addresses:
-        if not isinstance(address, TcpAddress) and not address.path.is_absolute():
+        if isinstance(address, UnixAddress) and not address.path.is_absolute():
             raise BadValue(f"{address} is relative", hint="write the path from / on")
     return tuple(addresses)
 
@@ -301,6 +374,22 @@ def _use(value: object) -> Use:
     if value == "mount":
         return "mount"
     raise _wrong(value, '"swap" or "mount"')
+
+
+def _tls(value: object) -> TlsMode:
+    if value == "off":
+        return "off"
+    if value == "on":
+        return "on"
+    if value == "require":
+        return "require"
+    raise _wrong(value, '"off", "on" or "require"')
+
+
+def _connections(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_CONNECTIONS:
+        raise _wrong(value, f"a number from 1 to {MOST_CONNECTIONS}")
+    return value
 
 
 def _priority(value: object) -> int:
@@ -349,6 +438,13 @@ _PARSERS: Final[dict[str, Callable[[Any], object]]] = {
     "prealloc": _switch,
     "arena": _path,
     "listen": _addresses,
+    "tls": _tls,
+    "tls_certificates": _path,
+    "tls_verify_peer": _switch,
+    "tls_psk": _path,
+    "allow_plain_tcp": _switch,
+    "read_only": _switch,
+    "max_connections": _connections,
     "node": _node,
     "use": _use,
     "swap_priority": _priority,

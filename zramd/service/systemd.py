@@ -28,7 +28,7 @@ ARENA: Final = "arena"
 
 _FIRST_DESCRIPTOR: Final = 3
 _STATUS_S: Final = 5.0
-_FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+_FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_VSOCK)
 
 _log = logging.getLogger(__name__)
 

@@ -32,14 +32,15 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from zramd import heap, sizes
 from zramd.control.server import ControlServer
 from zramd.device import Settings, Zram
 from zramd.errors import BadArena, BadValue, NotHardened, ServerFailed, ZramdError
-from zramd.nbd.address import UnixAddress
-from zramd.nbd.server import THREADS, Server, address_of
+from zramd.nbd import stdio as nbd_stdio
+from zramd.nbd.address import Address, UnixAddress, address_of
+from zramd.nbd.server import THREADS, Server
 from zramd.service import hardening, systemd
 from zramd.service.background import go_to_background
 from zramd.service.config import Config
@@ -50,6 +51,9 @@ from zramd.service.systemd import ARENA
 from zramd.service.upkeep import upkeep
 from zramd.store import PAGE
 from zramd.store.zcomp import Algorithm
+
+if TYPE_CHECKING:  # it imports OpenSSL
+    from zramd.nbd.tls import Tls
 
 _HELPERS: Final = 2
 """Threads for control calls that change the device, which must not hold the event loop."""
@@ -216,10 +220,13 @@ def run(
     paths: Paths,
     link: Link,
     *,
+    tls: "Tls | None" = None,
+    stdio: nbd_stdio.Taken | None = None,
     background: bool = False,
     reconnect: Callable[[], object] = lambda: None,
 ) -> None:
-    """Serve `zram`, which `build` has made, until told to end, and close it.
+    """Serve `zram`, which `build` has made, until told to end, and close it. `stdio`: or until the
+    client on these has left; a successor of the worker that has spoken with him cannot go on.
 
     `background`: from readiness on, stdout and stderr go to NAME/log and the working directory is
     the root, so that the process holds neither its starter's terminal nor any mount. `reconnect` is
@@ -230,7 +237,7 @@ def run(
     """
     leaving = threading.Event()
     try:
-        asyncio.run(_serve(zram, paths, config, link, leaving, background, reconnect))
+        asyncio.run(_serve(zram, paths, config, link, leaving, tls, stdio, background, reconnect))
     finally:
         if leaving.is_set():
             # No word more: the log may lie on swap, and nobody serves that until we have gone.
@@ -268,6 +275,8 @@ async def _serve(
     config: Config,
     link: Link,
     leaving: threading.Event,
+    tls: "Tls | None",
+    stdio: nbd_stdio.Taken | None,
     background: bool,
     reconnect: Callable[[], object],
 ) -> None:
@@ -275,7 +284,7 @@ async def _serve(
     takes_over = link.takes_over
     passed = _kept(link, PASSED)
     asked = config.listen
-    config = replace(config, listen=(*asked, *map(address_of, passed)))
+    config = replace(config, listen=(*asked, *map(_where, passed)))
     for address in config.listen:
         if isinstance(address, UnixAddress) and address.path.parent == paths.dir:
             raise BadValue(
@@ -287,7 +296,9 @@ async def _serve(
     loop.add_signal_handler(signal.SIGTERM, told.set if config.use else ended.set)
     helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="control")
     loop.set_default_executor(helpers)
-    server = Server(zram)
+    server = Server(
+        zram, tls=tls, read_only=config.read_only, max_connections=config.max_connections
+    )
 
     async def upgrade(program: list[str]) -> int:
         process = await asyncio.to_thread(link.upgrade, program)
@@ -320,9 +331,11 @@ async def _serve(
         ends.push_async_callback(close_control)
         ends.push_async_callback(close_server)
         ends.enter_context(pages_stay(link))  # before the others, and instead
-        for asked_for in (UnixAddress(paths.nbd_socket), *asked):
+        own = UnixAddress(paths.nbd_socket)
+        for asked_for in (own, *asked):
             name = f"listen {asked_for}"
-            for n, descriptor in enumerate(await server.listen(asked_for, _kept(link, name))):
+            sockets = await server.listen(asked_for, _kept(link, name), private=asked_for is own)
+            for n, descriptor in enumerate(sockets):
                 link.keep(f"{name} {n}", descriptor)
         for left in [name for name in link.kept if name.startswith("listen ")]:
             link.drop(left)  # an upgrade has found other addresses in the configuration
@@ -346,11 +359,26 @@ async def _serve(
         manager.tell(READY="1", STATUS=line)
         if config.use:
             hardening.settle()
+        if stdio is not None and takes_over:
+            _log.error("the client on stdin has lost its server with the worker")
+            ended.set()
+        elif stdio is not None:
+            with_client = asyncio.create_task(_end_with(server, stdio, ended))
+            ends.callback(with_client.cancel)
         await ended.wait()
         end_saving()
         if not leaving.is_set():
             link.ending()
             manager.tell(STOPPING="1")
+
+
+async def _end_with(server: Server, stdio: nbd_stdio.Taken, ended: asyncio.Event) -> None:
+    """The client on stdin and stdout."""
+    sock, drained = nbd_stdio.connected(stdio)
+    connection = await server.serve(sock)
+    await connection.gone
+    await asyncio.to_thread(drained)
+    ended.set()
 
 
 async def _end_unused(
@@ -372,6 +400,10 @@ async def _end_unused(
     while server.serving:
         await asyncio.wait([connection.gone for connection in server.serving])
     ended.set()
+
+
+def _where(sock: socket.socket) -> Address:
+    return address_of(sock.family, sock.getsockname())
 
 
 def _kept(link: Link, name: str) -> list[socket.socket]:
