@@ -99,6 +99,7 @@ class Connection(asyncio.BufferedProtocol):
         )
         self._securing: asyncio.Task[None] | None = None
         self._secure = False
+        self._early = b""
         self._receiver: Receiver | None = None  # set while serving, and after
         self._form: Simple = SIMPLE
         self._contexts: tuple[int, ...] = ()
@@ -184,6 +185,8 @@ class Connection(asyncio.BufferedProtocol):
         if receiver is not None:
             receiver.received(count)
             self._pump()
+        elif self._securing is not None and not self._secure:
+            self._early += self._server.buffer[:count]  # through TLS, before `_begin_tls` goes on
         else:
             self._negotiate(self._server.buffer[:count])
 
@@ -212,7 +215,8 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.write(negotiation.receive(data))
         if negotiation.state is State.SECURING:
             self._transport.pause_reading()  # what comes next is not for us
-            self._securing = self._loop.create_task(self._begin_tls(negotiation))
+            begin = self._begin_tls(negotiation, _peer(self._transport))
+            self._securing = self._loop.create_task(begin)
             return
         if not negotiation.done:
             return
@@ -232,22 +236,29 @@ class Connection(asyncio.BufferedProtocol):
         )
         self._pump()
 
-    async def _begin_tls(self, negotiation: Negotiation) -> None:
+    async def _begin_tls(self, negotiation: Negotiation, peer: str) -> None:
         """The handshake's time is that of the whole."""
+        if self._lost:
+            return
         assert self._tls is not None
-        peer = _peer(self._transport)  # a closed socket cannot say
+        secured = None
         try:
             secured = await self._loop.start_tls(
                 self._transport, self, self._tls.context, server_side=True
             )
-        except OSError as error:  # the transport is closed, and we hear of that by ourselves
+        except OSError as error:
             _log.info("dropping %s: no TLS: %s", peer, error)
+        if secured is None:  # asyncio does not tell a protocol whose TLS has not begun
+            self.connection_lost(None)
             return
-        if secured is None or self._lost:
+        if self._lost:
             return
         self._transport, self._secure = secured, True
         self._transport.set_write_buffer_limits(high=_BATCH)
         negotiation.secured()
+        early, self._early = self._early, b""
+        if early:
+            self._negotiate(memoryview(early))
 
     # Serving
 
