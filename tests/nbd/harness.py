@@ -60,10 +60,10 @@ class RawClient:
         if isinstance(address, TcpAddress):
             self.sock = socket.create_connection((address.host, address.port), DEADLINE_S)
         else:
-            assert isinstance(address, UnixAddress)
-            self.sock = socket.socket(socket.AF_UNIX)
+            unix = isinstance(address, UnixAddress)
+            self.sock = socket.socket(socket.AF_UNIX if unix else socket.AF_VSOCK)
             self.sock.settimeout(DEADLINE_S)
-            self.sock.connect(str(address.path))
+            self.sock.connect(str(address.path) if unix else (address.cid, address.port))
         self.info = None if export is None else negotiate(self.sock, export)
 
     def __enter__(self) -> "RawClient":

@@ -28,7 +28,7 @@ def negotiate(sock: socket.socket, export: str) -> ExportInfo:
 
 
 def _negotiate(sock: socket.socket, export: str) -> ExportInfo:
-    if sock.family != socket.AF_UNIX:
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     magic, style, offered = _receive_struct(sock, wire.GREETING)
     if (magic, style) != (wire.NBDMAGIC, wire.IHAVEOPT):
