@@ -39,3 +39,11 @@ class require:
 @pytest.fixture(scope="session", autouse=True)
 def _swept() -> None:
     places.sweep()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of tests/nbd/pki.py."""
+    from tests.nbd import pki  # which needs `require`
+
+    return pki.make(tmp_path_factory.mktemp("pki"))

@@ -120,13 +120,16 @@ def _tls(config: Config) -> "Tls | None":
 
 def _tls_again(config: Config, before: "Tls | None") -> "Tls | None":
     """As its files are by now: they are renewed while a server runs. What is wrong with them then
-    is no reason to leave the pages unserved."""
+    is no reason to leave the pages unserved; and where something is carried, they are not looked
+    at, as they might lie on that."""
+    if before is not None and config.use is not None:
+        return before
     try:
         return _tls(config)
     except BadValue as error:
         if before is None:
             raise
-        talk(f"TLS goes on as it was when the server started: {error.line()}")
+        worker.say_later(f"TLS goes on as it was when the server started: {error.line()}")
         return before
 
 

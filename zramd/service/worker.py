@@ -75,6 +75,11 @@ _CONTROL: Final = "control"
 _log = logging.getLogger(__name__)
 
 
+def say_later(line: str) -> None:
+    """Of a takeover, when the log may be written to."""
+    _to_say.append(line)
+
+
 def build(
     name: str, config: Config, link: Link | None = None, snapshot: Path | None = None
 ) -> tuple[Zram, list[str]]:
