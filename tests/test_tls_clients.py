@@ -38,7 +38,9 @@ def serve(request, certificates):
         served = []
 
         def serve(mode: str = "require", *, verify: bool = False) -> int:
-            served.append(request.param(directory, certificates, mode, verify=verify))
+            place = directory / str(len(served))
+            place.mkdir()
+            served.append(request.param(place, certificates, mode, verify=verify))
             return served[-1].port
 
         yield serve
