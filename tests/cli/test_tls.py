@@ -70,6 +70,17 @@ def test_a_fault_of_the_files_is_told_before_anything_is_made(zramd, arguments, 
     assert not (tmp_path / "nbd.sock").exists()
 
 
+def test_check_config_looks_at_the_files_too(zramd, certificates, tmp_path):
+    file = tmp_path / "zram0.toml"
+    for place, said in (("server", f"zramd: {file} is good"), ("expired", "has expired")):
+        file.write_text(
+            f'disksize = "16M"\ntls = "on"\ntls_certificates = "{certificates}/{place}"\n'
+        )
+        done = zramd.run("check-config", str(file))
+        assert said in done.stderr
+        assert done.returncode == (2 if place == "expired" else 0)
+
+
 def test_a_server_in_the_background_is_told_all_of_it(tmp_path):
     config = Config(
         disksize=1 << 20,

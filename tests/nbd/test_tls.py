@@ -459,7 +459,7 @@ def test_what_comes_in_one_piece_with_the_end_of_the_tls_handshake_is_answered(s
             assert wire.OPTION_REPLY.unpack(got[:20])[2] == wire.NBD_REP_SERVER
 
 
-@pytest.mark.parametrize("sent", ["nothing", "half", "nonsense"])
+@pytest.mark.parametrize("sent", ["nothing", "half", "nonsense", "all, and no option"])
 @pytest.mark.parametrize("family", ["unix", "tcp"])
 def test_who_begins_tls_and_does_not_end_its_handshake_is_dropped(
     serve, certificates, monkeypatch, sent, family, caplog
@@ -480,6 +480,9 @@ def test_who_begins_tls_and_does_not_end_its_handshake_is_dropped(
             client.send(there.read()[:100])
         elif sent == "nonsense":
             client.send(b"x" * 1000)
+        elif sent != "nothing":
+            context = trusting(certificates / "anonymous")
+            client.sock = context.wrap_socket(client.sock, server_hostname="localhost")
         rest = b"-"
         while rest:
             try:
@@ -512,7 +515,8 @@ def test_a_client_that_goes_whenever_leaves_nothing(serve, certificates, zram, w
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_disc_through_tls_ends_the_connection(serve, certificates):
+def test_disc_through_tls_ends_the_connection(serve, certificates, monkeypatch):
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 0.5)  # the client does not close
     with secure(serve(), trusting(certificates / "anonymous")) as client:
         go(client)
         client.send(request(NBD_CMD_DISC))
@@ -534,6 +538,47 @@ def test_a_server_that_ends_answers_what_came_through_tls(serve, certificates, l
         if not error:
             assert client.receive(2 * MIB) == bytes(2 * MIB)
         closing.result(DEADLINE_S)
+
+
+def test_who_does_not_read_what_comes_through_tls_is_not_read_from_either(serve, certificates):
+    address = serve()
+    server = serve.started[0].server
+    with (
+        secure(address, trusting(certificates / "anonymous")) as client,
+        secure(address, trusting(certificates / "anonymous")) as other,
+    ):
+        go(client)
+        (greedy,) = server.serving
+        client.sock.settimeout(1)
+        with pytest.raises(TimeoutError):
+            client.send(request(NBD_CMD_READ, 0, 128 << 10) * 1_000_000)
+        transport = greedy._transport
+        kept = transport.get_write_buffer_size()
+        kept += transport._ssl_protocol._transport.get_write_buffer_size()
+        assert kept < 8 * MIB
+        assert not greedy._reading
+        go(other)
+        assert other.read(0, 4096) == bytes(4096)
+        began = time.monotonic()
+        server.zram.reset(force=True)
+        assert time.monotonic() - began < 5
+
+
+def test_a_server_does_not_wait_for_an_idle_client_to_end_tls(serve, certificates):
+    address = serve()
+    running = serve.started[0]
+    with secure(address, trusting(certificates / "anonymous")) as client:
+        go(client)
+        began = time.monotonic()
+        running.do(running.server.close())
+        assert time.monotonic() - began < 5
+
+
+def test_a_connection_with_tls_keeps_little(serve, certificates):
+    with secure(serve(), trusting(certificates / "anonymous")) as client:
+        go(client)
+        (connection,) = serve.started[0].server.live
+        assert len(connection._transport._ssl_protocol._ssl_buffer) == 64 << 10
 
 
 def test_a_private_socket_requires_none(zram, certificates, tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from zramd.cli.options import CONFIG, talk
+from zramd.cli.options import CONFIG, make_tls, talk
 from zramd.errors import BadValue
 from zramd.service import config
 from zramd.service.runtime import check_name
@@ -26,16 +26,25 @@ def command(which: tuple[Path, ...]) -> int:
     for file in files:
         wrong = _name_faults(file) + config.faults(file)
         if not wrong:
-            node = config.read(file).node
+            device = config.read(file)
+            node, wrong = device.node, _tls_faults(file, device)
             if node is not None and nodes.setdefault(node, file) != file:
                 hint = "choose another for one of them"
-                wrong = [BadValue(f"{file}: {nodes[node]} has node {node} too", hint=hint)]
+                wrong.append(BadValue(f"{file}: {nodes[node]} has node {node} too", hint=hint))
         for fault in wrong:
             talk(fault.line())
             status = fault.exit_code
         if not wrong:
             talk(f"{file} is good")
     return status
+
+
+def _tls_faults(file: Path, device: config.Config) -> list[BadValue]:
+    try:
+        make_tls(device)
+    except BadValue as fault:
+        return [BadValue(f"{file}: {fault.message}", hint=fault.hint)]
+    return []
 
 
 def _name_faults(file: Path) -> list[BadValue]:

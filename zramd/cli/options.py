@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -15,6 +15,9 @@ from zramd import sizes
 from zramd.errors import BadValue, ZramdError
 from zramd.nbd.address import Address, UnixAddress, parse_listen
 from zramd.service import config, runtime
+
+if TYPE_CHECKING:
+    from zramd.nbd.tls import Tls
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -249,6 +252,20 @@ def config_in(file: Path) -> config.Config:
                 hint=f"change the file, or leave {said} out",
             )
     return config.read(file)
+
+
+def make_tls(device: config.Config) -> "Tls | None":
+    """None where it is off, and OpenSSL is not imported then. Raises BadValue."""
+    if device.tls == "off":
+        return None
+    from zramd.nbd import tls
+
+    return tls.make(
+        required=device.tls == "require",
+        certificates=device.tls_certificates,
+        verify_peer=device.tls_verify_peer,
+        psk=device.tls_psk,
+    )
 
 
 _BESIDE_A_FILE: Final = ("file", "via", "background", "restore")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from zramd import sizes
-from zramd.cli.options import config_of, talk
+from zramd.cli.options import config_of, make_tls, talk
 from zramd.errors import BadValue, ZramdError
 from zramd.kernel import attach
 from zramd.nbd import stdio as nbd_stdio
@@ -61,7 +61,7 @@ def serve(
         try:
             config = config_of(file, options, found=restore is not None)
             most_connections(config.max_connections)
-            tls = _tls(config)
+            tls = make_tls(config)
         except ZramdError:
             if not goes_on and passed.arena is None:
                 raise
@@ -105,19 +105,6 @@ def serve(
         )
 
 
-def _tls(config: Config) -> "Tls | None":
-    if config.tls == "off":
-        return None
-    from zramd.nbd import tls
-
-    return tls.make(
-        required=config.tls == "require",
-        certificates=config.tls_certificates,
-        verify_peer=config.tls_verify_peer,
-        psk=config.tls_psk,
-    )
-
-
 def _tls_again(config: Config, before: "Tls | None") -> "Tls | None":
     """As its files are by now: they are renewed while a server runs. What is wrong with them then
     is no reason to leave the pages unserved; and where something is carried, they are not looked
@@ -125,7 +112,7 @@ def _tls_again(config: Config, before: "Tls | None") -> "Tls | None":
     if before is not None and config.use is not None:
         return before
     try:
-        return _tls(config)
+        return make_tls(config)
     except BadValue as error:
         if before is None:
             raise
