@@ -548,6 +548,7 @@ def test_who_does_not_read_what_comes_through_tls_is_not_read_from_either(serve,
         secure(address, trusting(certificates / "anonymous")) as other,
     ):
         go(client)
+        wait_for(lambda: serve.started[0].ask(lambda: server.serving))
         (greedy,) = server.serving
         client.sock.settimeout(1)
         with pytest.raises(TimeoutError):
