@@ -369,3 +369,16 @@ def test_systemd_socket_activate_starts_it(zramd):
         activator.terminate()
     assert activator.returncode == 0
     assert zramd.left() == ["activated"]
+
+
+def test_a_passed_socket_that_others_can_reach_needs_tls_or_a_word_as_any_other(zramd):
+    with socket.create_server(("0.0.0.0", 0)) as sock:
+        with start_with(zramd, [sock], "--disksize=1M") as server:
+            port = sock.getsockname()[1]
+            assert f"whoever reaches tcp:0.0.0.0:{port} could" in server.stderr.read()
+            assert server.wait(DEADLINE_S) == 2
+        with start_with(zramd, [sock], "--disksize=1M", "--allow-plain-tcp") as server:
+            assert f"tcp:0.0.0.0:{port}" in server.stderr.readline()
+            server.terminate()
+            assert server.wait(DEADLINE_S) == 0
+    assert zramd.left() == []

@@ -247,7 +247,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport, self, self._tls.context, server_side=True
             )
         except OSError as error:
-            _log.info("dropping %s: no TLS: %s", peer, error)
+            _log.info("dropping %s: no TLS: %s", peer, str(error) or "it has left")
         if secured is None:  # asyncio does not tell a protocol whose TLS has not begun
             self.connection_lost(None)
             return
