@@ -28,7 +28,7 @@ MIB = 1 << 20
 def program(before: str = "", after: str = "") -> list[str]:
     """Ours, with more code before and after it is imported."""
     code = f"{before}\nimport sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    code += f"from zramd.cli import main; import zramd.cli.serve\n{after}\nmain()"
+    code += f"from zramd.cli import main; import zramd.cli.serving\n{after}\nmain()"
     return [sys.executable, "-P", "-c", code]
 
 
