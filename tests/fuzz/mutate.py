@@ -26,13 +26,14 @@ DICTIONARY: Final = (
 )
 
 
-def pack(events: bytes, stream: bytes) -> bytes:
-    return bytes([len(events) // 2]) + events + stream
+def pack(events: bytes, stream: bytes, mode: int = 0) -> bytes:
+    return bytes([mode | len(events) // 2]) + events + stream
 
 
-def unpack(data: bytes) -> tuple[bytes, bytes]:
-    count = min(data[0] if data else 0, (len(data) - 1) // 2)
-    return data[1 : 1 + 2 * count], data[1 + 2 * count :]
+def unpack(data: bytes) -> tuple[bytes, bytes, int]:
+    first = data[0] if data else 0
+    count = min(first % 64, (len(data) - 1) // 2)
+    return data[1 : 1 + 2 * count], data[1 + 2 * count :], first & 192
 
 
 def option(number: int, data: bytes = b"") -> bytes:
@@ -93,11 +94,12 @@ class Mutator:
         parts += [self.a_request(extended) for _ in range(rng.randrange(1, 14))]
         if rng.random() < 0.5:
             parts.append(request(peer.DISC, 0, 0, extended=extended))
-        return pack(self.some_events(rng.randrange(12)), b"".join(parts))
+        mode = rng.choice((0, 0, 0, 0, 0, 0, 0, 64, 64, 128))
+        return pack(self.some_events(rng.randrange(12)), b"".join(parts), mode)
 
     def an_option(self) -> bytes:
         rng = self.rng
-        number = rng.choice((2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 0x12345678))
+        number = rng.choice((*range(3, 12), 3, 6, 9, 10, 2, 12, 0x12345678))
         if rng.random() < 0.1:
             return option(number, rng.randbytes(rng.choice((1, 4, 30, 5000, 7000))))
         if number in (peer.INFO, peer.GO):
@@ -153,13 +155,15 @@ class Mutator:
         """The same, but for one to three changes."""
         rng = self.rng
         for _ in range(rng.choice((1, 1, 2, 3))):
-            events, stream = unpack(data)
+            events, stream, mode = unpack(data)
+            if rng.random() < 0.02:
+                mode ^= rng.choice((64, 128))
             if rng.random() < 0.25:
-                data = pack(self.other_events(events), stream)
+                data = pack(self.other_events(events), stream, mode)
             else:
                 parts = pieces(stream)
                 self.change(parts)
-                data = pack(events, b"".join(parts))
+                data = pack(events, b"".join(parts), mode)
         return data
 
     def other_events(self, events: bytes) -> bytes:
@@ -169,7 +173,7 @@ class Mutator:
         if kind == 0:
             return events[: at + 2 * rng.randrange(8)]
         cut = at if kind == 1 else at + 2
-        return (events[:at] + self.some_events(1) + events[cut:])[:510]
+        return (events[:at] + self.some_events(1) + events[cut:])[:126]
 
     def change(self, parts: list[bytes]) -> None:
         rng = self.rng

@@ -15,9 +15,10 @@ The connection is the real one, of a real `Server` with a real `Zram`; the loop,
 the threads are stand-ins, so that an execution is deterministic and takes less than a millisecond.
 The limits are small, so that a few KiB reach them all (SMALL).
 
-An input is one byte n, n events of two bytes (what happens, how much), and the client's stream. The
-stream is delivered as the events say, and what is left of it, and of all that waits, when they are
-over. Cookies are made unique before: a client that has none has no right to any answer.
+An input is one byte n, n % 64 events of two bytes (what happens, how much), and the client's
+stream. n also says whether the export is read-only (READ_ONLY), and TLS required (TLS_REQUIRED), of
+which there is no more than the beginning: each TLS handshake fails. The stream is delivered as the
+events say, and what is left of it, and of all that waits, when they are over. Cookies are made unique before: a client that has none has no right to any answer.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,9 @@ MEM_LIMIT = 384 << 10
 
 SMALL = {
     "transmission.INLINE": 8 << 10,
-    "transmission._BUFFER": 20 << 10,
+    "transmission.BUFFER": 20 << 10,
+    "transmission.OWN": 2 << 10,
+    "transmission.MOST_EXTENTS": 8,
     "transmission.MAX_PAYLOAD": 64 << 10,
     "transmission.MAX_SKIPPED": 160 << 10,
     "connection.INLINE": 8 << 10,
@@ -62,6 +65,11 @@ SMALL = {
 """What is smaller than in earnest, with the relations between them kept."""
 
 FILLER = (bytes(1024), b"\x55" * 1024, bytes(range(256)) * 4, b"")
+_OTHERS = b"\xa5" * SMALL["transmission.BUFFER"]
+"""What another connection leaves in the buffer that all share."""
+
+READ_ONLY, TLS_REQUIRED = 64, 128  # in the first byte
+
 MOST_DELIVERED = 512 << 10  # by one input, filler included
 
 
@@ -129,6 +137,13 @@ class Loop:
     def create_future(self) -> "asyncio.Future[Any]":
         return asyncio.Future(loop=self)  # type: ignore[arg-type]
 
+    def create_task(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        return asyncio.Task(work, loop=self)  # type: ignore[arg-type]
+
+    async def start_tls(self, transport: "Transport", *_: object, **__: object) -> None:
+        transport.abort()
+        raise ConnectionResetError("no TLS here")
+
     def get_debug(self) -> bool:
         return False
 
@@ -175,15 +190,20 @@ class Loop:
         return [timer for timer in self.timers if timer.live]
 
 
+class Tls:
+    context = None
+    required = True
+
+
 class Threads:
-    """A pool whose jobs wait until somebody has one done."""
+    """In the place of `Turns`: work waits until somebody has a piece of it done."""
 
     def __init__(self, loop: Loop) -> None:
         self.waiting: list[Callable[[], object]] = []
         self._loop = loop
 
-    def submit(self, work: Callable[..., object], *arguments: Any) -> None:
-        self.waiting.append(lambda: work(*arguments))
+    def submit(self, _connection: object, work: Callable[[], object]) -> None:
+        self.waiting.append(work)
 
     def do(self, number: int) -> None:
         if self.waiting:
@@ -209,7 +229,7 @@ class Socket:
 class Transport:
     """What asyncio's transport of a socket does, with a peer that reads when it is told to."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, shared: memoryview) -> None:
         self.got = bytearray()
         self.marks: list[tuple[int, int]] = []
         self.delivered = bytearray()
@@ -224,6 +244,7 @@ class Transport:
         self._protocol_paused = False
         self._loop = loop
         self._socket = Socket(self)
+        self._shared = shared
 
     # What the protocol calls
 
@@ -288,6 +309,7 @@ class Transport:
         buffer[:count] = data[:count]
         self.delivered += data[:count]
         self.protocol.buffer_updated(count)
+        self._shared[:] = _OTHERS
         self._loop.run()
         return count
 
@@ -346,6 +368,7 @@ class World:
         self._empty = self._emptied()
         self._server = Server(self.zram)
         self._server.threads.shutdown()
+        self._server.buffer = memoryview(bytearray(SMALL["transmission.BUFFER"]))
         self.executions = 0
 
     def close(self) -> None:
@@ -395,18 +418,21 @@ class World:
 
 class _Execution:
     def __init__(self, zram: Zram, server: Server, data: bytes) -> None:
-        count = min(data[0] if data else 0, (len(data) - 1) // 2)
+        first = data[0] if data else 0
+        count = min(first % 64, (len(data) - 1) // 2)
         self.events = data[1 : 1 + 2 * count]
         self.stream = unique_cookies(data[1 + 2 * count :])
         self.zram, self.server = zram, server
         self.at = 0  # in the stream
         self.backlog = b""  # filler that the socket has not taken yet
         self.loop = loop = Loop()
-        self.threads = server.threads = Threads(loop)  # type: ignore[assignment]
+        self.threads = server.turns = Threads(loop)  # type: ignore[assignment]
         asyncio._set_running_loop(loop)  # type: ignore[arg-type]
         server.closing = False
+        server.read_only = bool(first & READ_ONLY)
+        server.tls = Tls() if first & TLS_REQUIRED else None
         server._loop = loop  # type: ignore[assignment]
-        self.transport = Transport(loop)
+        self.transport = Transport(loop, server.buffer)
         self.connection = self.transport.protocol = Connection(server)
         self.transport.protocol.connection_made(self.transport)
         loop.run()
@@ -549,7 +575,8 @@ class _Execution:
     def judge(self) -> Outcome:
         transport = self.transport
         ended = bool(self.ended_by) or self.left
-        whole = not (self.lost or self.timed_out or transport.aborted or ended)
+        whole = not (self.lost or self.timed_out or ended)
+        whole = whole and (not transport.aborted or self.server.tls is not None)
         said = peer.Conversation(
             bytes(transport.delivered),
             bytes(transport.got),
@@ -567,6 +594,8 @@ class _Execution:
             zramd.nbd.negotiation.MAX_KEPT,
             zramd.nbd.transmission.MAX_PAYLOAD,
             zramd.nbd.transmission.MAX_SKIPPED,
+            read_only=self.server.read_only,
+            tls_required=self.server.tls is not None,
         )
         judge = peer.judge(said, limits)
         if whole and judge.dropped:

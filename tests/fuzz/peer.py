@@ -50,7 +50,7 @@ class Limits:
     payload: int
     skipped: int
     read_only: bool = False
-    tls: str = "off"
+    tls_required: bool = False
 
 
 @dataclass
@@ -181,7 +181,7 @@ class Judge:
             if len(sent) < end and not long:
                 return self.nothing_more()
             if option == EXPORT_NAME:
-                if long or self.extended or self.tls_missing() or not self.is_export(data):
+                if long or self.extended or limits.tls_required or not self.is_export(data):
                     return self.drop()
                 if self.down == len(self.said.got) and (self.said.refuses or not self.said.whole):
                     return None
@@ -198,7 +198,7 @@ class Judge:
             if final is None:
                 return None
             self.up = min(end, len(sent))
-            if option == ABORT and final == ACK:
+            if option in (ABORT, STARTTLS) and final == ACK:
                 return self.drop()
             if option == GO and final == ACK:
                 self.begin(data[4 : 4 + int.from_bytes(data[:4], "big")])
@@ -209,19 +209,15 @@ class Judge:
     def is_export(self, name: bytes) -> bool:
         return name in (b"", self.limits.name)
 
-    def tls_missing(self) -> bool:
-        return self.limits.tls == "required"
-
     def begin(self, name: bytes) -> None:
         self.transmits = True
         if name == self._meta[0]:
             self.contexts = self._meta[1]
         must(self.flags & 1, "transmission flags without HAS_FLAGS")
         must(bool(self.flags & 2) is self.limits.read_only, "READ_ONLY")
-        if self.flags & 1 << 7:
-            must(self.structured or self.extended, "SEND_DF without structured replies")
-        if self.flags & 1 << 11:
-            must(self.flags & 1 << 6, "FAST_ZERO without WRITE_ZEROES")
+        df = bool(self.flags & 1 << 7)
+        must(df is (self.structured or self.extended), "SEND_DF without structured replies")
+        must(self.flags & 0xD6C == 0xD6C, "transmission flags")
 
     def option(self, option: int, data: bytes, long: bool, fixed: bool) -> int | None:
         """One option's replies up to the last, which is returned; None where there is none."""
@@ -258,40 +254,37 @@ class Judge:
         must(reply in allowed, f"option {option} got {reply:#x}, not {[hex(a) for a in allowed]}")
         if reply == ACK:
             self.acknowledged(option, data, infos)
-        elif option == SET_META and reply not in (TOO_BIG, UNSUP):
+        elif option == SET_META:
             self._meta = b"", set()
         return int(reply)
 
     def allowed(self, option: int, data: bytes, long: bool, fixed: bool) -> set[int]:
         if not fixed:
             return {INVALID, TOO_BIG} if long else {INVALID}
-        if self.tls_missing() and option not in (ABORT, STARTTLS):
+        if self.limits.tls_required and option not in (ABORT, STARTTLS):
             return {TLS_REQD}
         if option == ABORT:
             return {ACK}
         if option not in KNOWN:
             return {UNSUP}
         if long:
-            return {TOO_BIG, UNSUP} if option > GO or option == STARTTLS else {TOO_BIG}
+            return {TOO_BIG}
         if option == LIST:
             return {INVALID} if data else {ACK}
         if option in (INFO, GO):
             return self.allowed_go(data)
-        # What a server may lack. The judge believes whom it hears.
         if option == STARTTLS:
-            return {INVALID, UNSUP} if data else {POLICY, UNSUP}
+            return {INVALID} if data else {ACK if self.limits.tls_required else POLICY}
         if option == STRUCTURED_REPLY:
-            if data or self.structured:
-                return {INVALID, UNSUP, EXT_HEADER_REQD if self.extended else INVALID}
-            return {EXT_HEADER_REQD} if self.extended else {ACK, UNSUP}
+            if self.extended and not data:
+                return {EXT_HEADER_REQD}
+            return {INVALID} if data or self.structured else {ACK}
         if option == EXTENDED_HEADERS:
-            return {INVALID, UNSUP} if data or self.extended else {ACK, UNSUP}
+            return {INVALID} if data or self.extended else {ACK}
         parsed = parse_meta(data)
-        if parsed is None:
-            return {INVALID, UNSUP}
-        if option == SET_META and not (self.structured or self.extended):
-            return {INVALID, UNSUP}
-        return {ACK, UNSUP} if self.is_export(parsed[0]) else {UNKNOWN, UNSUP}
+        if parsed is None or (option == SET_META and not (self.structured or self.extended)):
+            return {INVALID}
+        return {ACK} if self.is_export(parsed[0]) else {UNKNOWN}
 
     def allowed_go(self, data: bytes) -> set[int]:
         if len(data) < 6:
@@ -383,7 +376,7 @@ class Judge:
             flags, command, cookie, offset, length = struct.unpack_from(layout, sent, at)
             at += size
             payload = b""
-            if command == DISC and not (self.extended and flags & PAYLOAD_LEN):
+            if command == DISC:
                 self.dropped = True
                 break
             if command == WRITE or (self.extended and flags & PAYLOAD_LEN):
@@ -407,15 +400,12 @@ class Judge:
             WRITE: FUA | (PAYLOAD_LEN if self.extended else 0),
             FLUSH: FUA,
             TRIM: FUA,
-            WRITE_ZEROES: FUA | NO_HOLE | (FAST_ZERO if self.flags & 1 << 11 else 0),
+            WRITE_ZEROES: FUA | NO_HOLE | FAST_ZERO,
         }
-        if self.flags & 1 << 10:
-            valid[CACHE] = FUA
+        valid[CACHE] = FUA
         if self.contexts:
             valid[BLOCK_STATUS] = FUA | REQ_ONE
         if command not in valid or flags & ~valid[command]:
-            return {EINVAL}
-        if command == WRITE and self.extended and not flags & PAYLOAD_LEN:
             return {EINVAL}
         if command == FLUSH:
             return {EINVAL} if offset or length else {0}
@@ -424,7 +414,7 @@ class Judge:
         if limits.read_only and (stores or command == TRIM):
             found.add(EPERM)
         beyond = offset + length > limits.size
-        if length == 0:
+        if length == 0 or (command == WRITE and self.extended and not flags & PAYLOAD_LEN):
             found.add(EINVAL)
         elif command in (READ, WRITE) and length > limits.payload:
             found.add(ENOSPC if command == WRITE and beyond else EINVAL)
@@ -558,8 +548,8 @@ class Judge:
             must(at == request.offset + request.length, "READ: not all")
         elif request.command == BLOCK_STATUS:
             must(request.contexts == self.contexts, "BLOCK_STATUS: not all contexts")
-        if structured and not self.extended and request.command in (WRITE, TRIM):
-            must(error, "contract: successes of these stay simple")
+        if structured and not self.extended and request.command not in (READ, BLOCK_STATUS):
+            must(error, "a success in chunks")
         if error in (0, ENOSPC) and 0 in request.errors:
             self.stored += request.command in (WRITE, TRIM, WRITE_ZEROES)
             self.store(request, sure=not error)
