@@ -18,7 +18,8 @@ The limits are small, so that a few KiB reach them all (SMALL).
 An input is one byte n, n % 64 events of two bytes (what happens, how much), and the client's
 stream. n also says whether the export is read-only (READ_ONLY), and TLS required (TLS_REQUIRED), of
 which there is no more than the beginning: each TLS handshake fails. The stream is delivered as the
-events say, and what is left of it, and of all that waits, when they are over. Cookies are made unique before: a client that has none has no right to any answer.
+events say, and what is left of it, and of all that waits, when they are over.
+Cookies are made unique before: a client that has none has no right to any answer.
 """
 
 import asyncio

@@ -39,7 +39,7 @@ CLIENTS = {
     "fio": "fio --name=x --ioengine=nbd --uri={uri} --rw=randrw --bs=512-12k --size=256k"
     " --iodepth=8 --randseed=1",
     "nbdsh": 'PATH=/usr/bin nbdsh -c "h.set_strict_mode(0)" -c "h.connect_uri(\'{uri}\')"'
-    ' -c "h.pread(4096, 0)"
+    ' -c "h.pread(4096, 0)"'
     ' -c "h.zero(5000, 100, nbd.CMD_FLAG_NO_HOLE)" -c "h.trim(9000, 0)"'
     ' -c "h.pwrite(bytes(range(200)), 50, nbd.CMD_FLAG_FUA)" -c "h.flush()"',
 }
