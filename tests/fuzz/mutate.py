@@ -78,24 +78,41 @@ class Mutator:
         """A new input, of a client that knows the protocol."""
         rng = self.rng
         parts = [rng.choice([b"\0\0\0\3"] * 6 + [b"\0\0\0\1", b"\0\0\0\2", b"\0\0\0\0"])]
-        parts += [self.an_option() for _ in range(rng.randrange(3))]
+        parts += [self.an_option() for _ in range(rng.choice((0, 0, 0, 1, 2)))]
         extended = rng.random() < 0.3
         if extended:
             parts.append(option(peer.EXTENDED_HEADERS))
         elif rng.random() < 0.6:
             parts.append(option(peer.STRUCTURED_REPLY))
-        if rng.random() < 0.5:
-            name = rng.choice((b"zram0", b"zram0", b""))
-            parts.append(option(peer.SET_META, meta(name, tuple(rng.sample(QUERIES, 3)))))
+        while rng.random() < 0.5:
+            name = rng.choice((b"zram0", b"zram0", b"zram0", b"", b"other"))
+            queries = tuple(rng.sample(QUERIES, rng.randrange(4)))
+            parts.append(option(peer.SET_META, meta(name, queries)))
         end = go(b"zram0", tuple(rng.choices(range(5), k=rng.randrange(3))))
         parts.append(
             option(peer.GO, end) if rng.random() < 0.8 else option(peer.EXPORT_NAME, b"zram0")
         )
-        parts += [self.a_request(extended) for _ in range(rng.randrange(1, 14))]
+        events = self.some_events(rng.randrange(12))
+        requests = [self.a_request(extended) for _ in range(rng.randrange(1, 14))]
+        if rng.random() < 0.1:
+            requests = self.flood(extended)
+            events = bytes((7, 0)) + bytes(rng.choices((3, 5, 6, 15), k=24))
+        parts += requests
         if rng.random() < 0.5:
             parts.append(request(peer.DISC, 0, 0, extended=extended))
         mode = rng.choice((0, 0, 0, 0, 0, 0, 0, 64, 64, 128))
-        return pack(self.some_events(rng.randrange(12)), b"".join(parts), mode)
+        return pack(events, b"".join(parts), mode)
+
+    def flood(self, extended: bool) -> list[bytes]:
+        """Of much to read, for a client that does not."""
+        rng = self.rng
+        length = rng.choice((8192, 16384))
+        write = request(peer.WRITE, 0, length, peer.PAYLOAD_LEN * extended, extended=extended)
+        reads = [
+            request(peer.READ, 0, rng.choice((1, 4096, 4096, length)), extended=extended)
+            for _ in range(40)
+        ]
+        return [write + rng.randbytes(length), *reads]
 
     def an_option(self) -> bytes:
         rng = self.rng
@@ -116,7 +133,8 @@ class Mutator:
         flags = rng.choice((0, 0, 0, 0, 1, 2, 4, 8, 16, 18, 32, 64))
         if rng.random() < 0.85:
             length = rng.choice((1, 100, 4096, 4096, 8192, 8193, 12288, 30000, 65536))
-            offset = rng.choice((0, 0, 4096, 8192, 100, 16384, 4000, SIZE - length, 1 << 17))
+            places = (0, 0, 0, 4096, 4096, 8192, 100, 4000, SIZE - length, SIZE - length + 1)
+            offset = rng.choice(places)
         else:
             length, offset = rng.choice(LONG_NUMBERS), rng.choice(LONG_NUMBERS)
         payload = b""
@@ -188,7 +206,8 @@ class Mutator:
         elif kind == 2:
             del parts[at]
         elif kind == 3:
-            parts.insert(rng.randrange(len(parts) + 1), part)
+            place = rng.randrange(len(parts) + 1)
+            parts[place:place] = [part] * rng.choice((1, 1, 2, 30 if len(part) < 300 else 3))
         elif kind == 4:
             other = rng.randrange(len(parts))
             parts[at], parts[other] = parts[other], parts[at]

@@ -47,14 +47,14 @@ SIZE = 1 << 20
 MEM_LIMIT = 384 << 10
 
 SMALL = {
-    "transmission.INLINE": 8 << 10,
-    "transmission.BUFFER": 20 << 10,
+    "transmission.INLINE": 4 << 10,
+    "transmission.BUFFER": 12 << 10,
     "transmission.OWN": 2 << 10,
     "transmission.MOST_EXTENTS": 8,
     "transmission.MAX_PAYLOAD": 64 << 10,
     "transmission.MAX_SKIPPED": 160 << 10,
-    "connection.INLINE": 8 << 10,
-    "connection._BATCH": 32 << 10,
+    "connection.INLINE": 4 << 10,
+    "connection._BATCH": 16 << 10,
     "connection._IN_FLIGHT": 4,
     "connection._IN_FLIGHT_BYTES": 96 << 10,
     "connection._MOST_GATHERED": 64,
@@ -236,6 +236,8 @@ class Transport:
         self.delivered = bytearray()
         self.unread = 0
         """Bytes that are kept for the peer."""
+        self.unread_then = self.in_flight_then = 0
+        """When the connection was last told that they are many."""
         self.peer_reads = True
         self.reading = True
         self.cut = False
@@ -265,6 +267,8 @@ class Transport:
             self.unread += len(data)
             if self.unread > self._high and not self._protocol_paused:
                 self._protocol_paused = True
+                self.unread_then = self.unread
+                self.in_flight_then = self.protocol._in_flight_bytes
                 self.protocol.pause_writing()
 
     def get_write_buffer_size(self) -> int:
@@ -542,11 +546,15 @@ class _Execution:
         peer.must(waiting == connection._in_flight, "requests in flight are not counted right")
         peer.must(waiting <= small["connection._IN_FLIGHT"], "too many requests in flight")
         most = small["connection._IN_FLIGHT_BYTES"] + payload
-        peer.must(0 <= connection._in_flight_bytes <= most, "too many bytes in flight")
-        # A batch that is full, one more that began with room, and all that was in flight then.
+        most = most if waiting else 0
+        peer.must(0 <= connection._in_flight_bytes <= most, "bytes in flight are not counted right")
+        most = small["connection._IN_FLIGHT_BYTES"] + payload
+        # Where the peer did not read any more: no more than one batch, and all that was in flight.
         if not self.ended_by and not self.left:
-            most += 2 * small["connection._BATCH"] + 2 * small["transmission.INLINE"] + (4 << 10)
-            peer.must(self.transport.unread <= most, f"{self.transport.unread} bytes wait")
+            most = small["connection._BATCH"] + small["transmission.INLINE"] + (4 << 10)
+            most += self.transport.in_flight_then
+            waits = self.transport.unread - self.transport.unread_then
+            peer.must(waits <= most, f"{waits} bytes wait")
             peer.must(not connection._gathered, "replies are kept back")
 
     def settle(self) -> None:

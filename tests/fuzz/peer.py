@@ -248,13 +248,13 @@ class Judge:
             must(not infos, "an error after information")
         else:
             must(reply == ACK and not body, f"option reply {reply:#x} with {length} bytes")
-        if reply in (SHUTDOWN, UNKNOWN) and self.said.refuses and option != ABORT:
-            return int(reply)
         allowed = self.allowed(option, data, long, fixed)
+        if self.said.refuses and option != ABORT:
+            allowed |= {SHUTDOWN, UNKNOWN}
         must(reply in allowed, f"option {option} got {reply:#x}, not {[hex(a) for a in allowed]}")
         if reply == ACK:
             self.acknowledged(option, data, infos)
-        elif option == SET_META:
+        elif option == SET_META and reply != SHUTDOWN:
             self._meta = b"", set()
         return int(reply)
 
