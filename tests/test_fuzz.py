@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import nbd, peer
-from tests.fuzz.mutate import Mutator, go, option, pack, request
+from tests.fuzz.mutate import Mutator, bytes_changed, go, option, pack, request
 from tests.planted import plant
 from zramd.nbd import connection, replies, transmission
 from zramd.nbd.connection import Connection
@@ -20,7 +20,7 @@ from zramd.opener import Opener
 from zramd.store.pages import Pages
 
 HERE = Path(__file__).parent / "fuzz"
-TARGETS = ("nbd",)
+TARGETS = ("nbd", "client")
 MUTATIONS = 3000
 
 
@@ -59,8 +59,12 @@ def test_mutations_of_them(target, tmp_path):
     mutator = Mutator(rng)
     corpus = inputs(name)
     for number in range(MUTATIONS):
-        data = mutator.mutate(rng.choice(corpus))
-        if number % 4 == 0:
+        data = rng.choice(corpus)
+        if name != "nbd":
+            data = bytes_changed(data, rng)
+        elif number % 4:
+            data = mutator.mutate(data)
+        else:
             data = mutator.conversation()
         if number % 10 == 0:
             corpus.append(data)

@@ -2,7 +2,6 @@
 
     nbd      the server's side of a connection: tests/fuzz/nbd.py
     client   zramd.nbd.client against a hostile server: tests/fuzz/client.py
-    control  the varlink control socket: tests/fuzz/control.py
 
 Begins with tests/fuzz/seeds/TARGET and tests/fuzz/cases/TARGET, keeps what reaches new code in
 FOLDER (.cache/fuzz/TARGET), and ends at the first finding, with status 77 and the input in a file
@@ -20,7 +19,6 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["zramd"]):
-    import zramd.control.server
     import zramd.nbd.client
     import zramd.nbd.connection
     import zramd.nbd.server  # noqa: F401 - loaded so that they are instrumented

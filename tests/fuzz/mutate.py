@@ -21,6 +21,7 @@ NUMBERS: Final = (
 )
 LONG_NUMBERS: Final = (*NUMBERS, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 256, (1 << 64) - 1)
 DICTIONARY: Final = (
+    *(peer.MAGIC, peer.REPLY_MAGIC, b"\x80\0\0\1", b"\0\0\0\7\0\0\0\1\0\0\0\0"),
     *(peer.IHAVEOPT, peer.REQUEST_MAGIC, peer.LONG_REQUEST_MAGIC, b"zram0"),
     *(b"base:allocation", b"zramd:state", b"\0\0\0\3", b"\0\0\0\0\0\0\x10\0"),
 )
@@ -68,6 +69,16 @@ def pieces(stream: bytes) -> list[bytes]:
             at = stream.find(magic, at + 4)
     places = sorted(cuts)
     return [stream[a:b] for a, b in itertools.pairwise(places)]
+
+
+def bytes_changed(data: bytes, rng: random.Random) -> bytes:
+    """The same, but for one to four changes of a few bytes, whatever they mean."""
+    for _ in range(rng.randrange(1, 5)):
+        at, end = sorted(rng.choices(range(len(data) + 1), k=2))
+        end = min(end, at + rng.choice((0, 1, 1, 2, 4, 8, 20)))
+        new = rng.choice((b"", rng.randbytes(1), rng.randbytes(4), rng.choice(DICTIONARY)))
+        data = data[:at] + (data[at:end] if rng.random() < 0.2 else b"") + new + data[end:]
+    return data
 
 
 class Mutator:
