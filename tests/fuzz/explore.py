@@ -18,7 +18,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["zramd"]):
+with atheris.instrument_imports(include=["zramd.nbd", "zramd.opener"]):
     import zramd.nbd.client
     import zramd.nbd.connection
     import zramd.nbd.server  # noqa: F401 - loaded so that they are instrumented
