@@ -525,7 +525,7 @@ class Judge:
             before = flags
             zero = flags & 2 if context == 1 else flags == 0
             if zero and self.said.ordered:
-                self.must_hold(at, bytes(length), "BLOCK_STATUS")
+                self.must_be_zero(at, length)
             at += length
 
     def finish(self, request: Request, *, structured: bool) -> None:
@@ -584,11 +584,18 @@ class Judge:
                 after = None if before is None or after is None else before + after
             pages[page] = None if after is None or len(after) > 16 else after
 
+    def must_be_zero(self, start: int, length: int) -> None:
+        stop = start + length
+        for page in self._pages:
+            low, high = max(start, page * PAGE), min(stop, (page + 1) * PAGE)
+            if low < high:
+                self.must_hold(low, bytes(high - low), "BLOCK_STATUS")
+
     def must_hold(self, start: int, data: bytes, what: str) -> None:
         pages = self._pages
         stop = start + len(data)
         if not pages:
-            must(not any(data), f"{what}: something where nothing was written")
+            must(data == bytes(len(data)), f"{what}: something where nothing was written")
             return
         for page in range(start // PAGE, -(-stop // PAGE)):
             may = pages.get(page, (ZEROS,))
