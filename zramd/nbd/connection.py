@@ -42,7 +42,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from zramd import sizes
+from zramd import heap, sizes
 from zramd.errors import BadValue, NotInitialised
 from zramd.nbd import transmission
 from zramd.nbd.address import address_of
@@ -65,6 +65,9 @@ _BATCH = 1 << 20
 _TURN_SECONDS = 0.005  # a slow codec takes 0.6 ms for a request of one byte
 _IN_FLIGHT = 64
 _IN_FLIGHT_BYTES = 64 << 20
+_MUCH = 8 << 20
+"""In flight at once: then it is worth a few ms to have the C library give back what it was in. It
+kept 66 MiB for ever, after one client that asked for much."""
 QUIET_SECONDS = 0.02
 """A kernel that may send does so within a millisecond, unless the machine is overloaded."""
 GATHER_SECONDS = 5.0
@@ -116,6 +119,7 @@ class Connection(asyncio.BufferedProtocol):
         self._peer_reads = True
         self._in_flight = 0
         self._in_flight_bytes = 0
+        self._had_much = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -322,6 +326,7 @@ class Connection(asyncio.BufferedProtocol):
         """Has a request that may take long answered by a thread."""
         self._in_flight += 1
         self._in_flight_bytes += _held(request)
+        self._had_much = self._had_much or self._in_flight_bytes >= _MUCH
         self._server.turns.submit(self, partial(self._work, opener, request))
 
     def _work(self, opener: Opener, request: Request) -> None:
@@ -447,6 +452,8 @@ class Connection(asyncio.BufferedProtocol):
             self._receiver = None  # its buffer would stay until cycles of garbage are collected
             self._server.live.discard(self)
             self.gone.set_result(None)
+            if self._had_much:
+                heap.trim()
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
