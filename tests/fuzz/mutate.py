@@ -105,6 +105,9 @@ class Mutator:
         )
         events = self.some_events(rng.randrange(12))
         requests = [self.a_request(extended) for _ in range(rng.randrange(1, 14))]
+        if rng.random() < 0.5:
+            look = request(peer.READ, 0, 1 << 16, extended=extended)
+            requests = [each for one in requests for each in (one, look)]
         if rng.random() < 0.1:
             requests = self.flood(extended)
             events = bytes((7, 0)) + bytes(rng.choices((3, 5, 6, 15), k=24))

@@ -56,7 +56,7 @@ NAME = "zram0"
 SIZE = 64 * MIB
 IDLE_SHARE = 0.2
 """Of a CPU. A server that spins takes all of one; one with nothing to do, next to nothing."""
-SLACK = 24 * MIB
+SLACK = 8 * MIB
 """What the allocator may keep of much more."""
 HELLO = b"\0\0\0\3" + option(NBD_OPT_GO, go(NAME.encode()))
 
