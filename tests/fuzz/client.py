@@ -4,7 +4,8 @@
 2. It never asks for more bytes than the message that is coming has, and takes none that follow the
    handshake: they are the kernel's.
 3. It sends what a client may: flags that were offered, then GO, then perhaps EXPORT_NAME.
-4. What it allocates is bounded, whatever lengths the server claims.
+4. What it says of a failure is one line that a terminal can show.
+5. What it allocates is bounded, whatever lengths the server claims.
 
 An input is one byte, which says how the stream is cut into pieces, and the server's stream.
 """
@@ -57,7 +58,7 @@ class World:
         try:
             info = negotiate(sock, EXPORT)
         except (ServerFailed, BadValue) as error:
-            peer.must(str(error).isprintable() or "\n" in str(error), "what it says")
+            peer.must(str(error).isprintable(), "what it says is no line of text")
             return False
         finally:
             must_be_a_client(bytes(sock.sent), sock.stream)

@@ -69,9 +69,9 @@ def _maybe_go(sock: socket.socket, export: str) -> ExportInfo | None:
         elif reply == wire.NBD_REP_ERR_UNSUP:
             return None
         elif reply == wire.NBD_REP_ERR_UNKNOWN:
-            raise _no_export(export, data.decode(errors="replace"))
+            raise _no_export(export, _said(data))
         else:
-            why = data.decode(errors="replace") or f"NBD reply {reply:#x}"
+            why = _said(data) or f"NBD reply {reply:#x}"
             raise ServerFailed(f"the server does not serve {export!r}: {why}")
 
 
@@ -85,6 +85,12 @@ def _export_name(sock: socket.socket, export: str, *, padded: bool) -> ExportInf
     if padded:
         _receive(sock, len(wire.EXPORT_NAME_ZEROES))
     return ExportInfo(size, flags)
+
+
+def _said(raw: bytes) -> str:
+    """What a server says, as one line that nobody's terminal obeys."""
+    text = raw[: wire.NBD_MAX_STRING].decode(errors="replace")
+    return "".join(each if each.isprintable() else " " for each in text)
 
 
 def _no_export(export: str, why: str) -> BadValue:
