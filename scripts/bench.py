@@ -21,6 +21,7 @@ import argparse
 import json
 import mmap
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,17 +33,29 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import lz4.block
 
+from tests.nbd.hostile import memory_per_idle_connection
 from zramd.device import Zram
 from zramd.errors import DeviceBusy, NotInitialised
 from zramd.gate import Gate, Record
 from zramd.nbd.client import negotiate
-from zramd.nbd.wire import NBD_CMD_READ, NBD_CMD_WRITE, SIMPLE_REPLY, pack_request
+from zramd.nbd.wire import (
+    CLIENT_FLAGS,
+    NBD_CMD_READ,
+    NBD_CMD_WRITE,
+    NBD_OPT_STRUCTURED_REPLY,
+    OPTION_REPLY,
+    REPLY_DATA,
+    SIMPLE_REPLY,
+    STRUCTURED_REPLY,
+    pack_option,
+    pack_request,
+)
 from zramd.opener import Opener
 from zramd.store import PAGE
 from zramd.store.arena import Arena
@@ -67,7 +80,7 @@ def main() -> None:
     results = {}
     for measure in (
         *(measure_store, measure_overhead, measure_reset, measure_recovery),
-        *(measure_saving, measure_idle, measure_servers),
+        *(measure_saving, measure_idle, measure_connections, measure_servers),
     ):
         for name, target, ratios in measure(corpus, rounds, seconds):
             results[name] = {"target": target, "ratios": ratios}
@@ -598,6 +611,95 @@ def measure_idle(
     yield what, "<= 60", [resident() for _ in range(rounds)]
 
 
+IDLE, BUSY = 200, 8
+
+
+def measure_connections(
+    corpus: bytes, rounds: int, seconds: int
+) -> Iterator[tuple[str, str, list[float]]]:
+    """The client of the first row is a bare socket, so that it is the server that is compared."""
+    part = corpus[: 64 * MIB]
+    with tempfile.TemporaryDirectory(prefix="zramd-bench.") as name:
+        folder = Path(name)
+        with server(folder / "memory", serve(folder, len(part))):
+            path = folder / "memory" / "bench" / "nbd.sock"
+            time.sleep(1)  # as above
+            worker = int((path.parent / "lock").read_text().split()[1])
+            kib = memory_per_idle_connection(worker, path) / 1024
+            yield "KiB resident of each of 400 idle connections", "<= 128", [kib]
+        with server(folder / "ours", serve(folder, len(part))) as ours:
+            path = folder / "ours" / "bench" / "nbd.sock"
+            with connected(path) as sock:
+                for at in range(0, len(part), MIB):
+                    ask(sock, NBD_CMD_WRITE, at, MIB, part[at : at + MIB])
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+            # A structured reply of zeros has no data, and another length.
+            pages = [at for at in range(0, len(part), PAGE) if any(part[at : at + PAGE])]
+
+            def reads(*, structured: bool) -> float:
+                return reads_a_second(path, pages, seconds, structured=structured)
+
+            yield (
+                "4 KiB random reads, 32 in flight: structured replies / simple",
+                ">= 0.90",
+                [reads(structured=True) / reads(structured=False) for _ in range(rounds)],
+            )
+
+            def busy(idle: int) -> float:
+                with ExitStack() as idlers:
+                    for _ in range(idle):
+                        sock = idlers.enter_context(connected(path))
+                        ask(sock, NBD_CMD_READ, 0, PAGE)
+                    return fio(ours, "randread", len(part), seconds, 50, jobs=BUSY)
+
+            yield (
+                f"4 KiB random reads by {BUSY} connections, with {IDLE} idle ones / alone",
+                ">= 0.90",
+                [busy(IDLE) / busy(0) for _ in range(rounds)],
+            )
+            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def reads_a_second(path: Path, pages: list[int], seconds: int, *, structured: bool) -> float:
+    """Of 4 KiB, at random, two times 16 at once."""
+    choice = random.Random(1).choice
+    batches = [
+        b"".join(pack_request(NBD_CMD_READ, bytes(8), choice(pages), PAGE) for _ in range(16))
+        for _ in range(256)
+    ]
+    head = STRUCTURED_REPLY.size + REPLY_DATA.size if structured else SIMPLE_REPLY.size
+    replies = bytearray(16 * (head + PAGE))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        negotiate(Asking(sock) if structured else sock, "")  # type: ignore[arg-type]
+        done = 0
+        ends = time.perf_counter() + seconds
+        started = time.perf_counter()
+        sock.sendall(batches[0])
+        while time.perf_counter() < ends:
+            sock.sendall(batches[done % len(batches)])
+            sock.recv_into(replies, len(replies), socket.MSG_WAITALL)
+            done += 1
+        return 16 * done / (time.perf_counter() - started)
+
+
+class Asking:
+    """A socket on which structured replies are asked for before anything else is."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.family = sock.family
+        self.recv = sock.recv
+        self._sock = sock
+
+    def sendall(self, data: bytes) -> None:
+        """The client's flags come first, alone."""
+        self._sock.sendall(data)
+        if len(data) == CLIENT_FLAGS.size:
+            self._sock.sendall(pack_option(NBD_OPT_STRUCTURED_REPLY))
+            self._sock.recv(OPTION_REPLY.size, socket.MSG_WAITALL)
+
+
 def measure_servers(
     corpus: bytes, rounds: int, seconds: int
 ) -> Iterator[tuple[str, str, list[float]]]:
@@ -685,13 +787,14 @@ def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]") ->
         time.sleep(0.05)
 
 
-def fio(uri: str, mode: str, size: int, seconds: int, percent: int) -> float:
-    """IOPS of one run."""
+def fio(uri: str, mode: str, size: int, seconds: int, percent: int, jobs: int = 1) -> float:
+    """IOPS of one run; `jobs` connections."""
     command = (
         f"taskset -c {max(os.sched_getaffinity(0))} fio --name=bench --ioengine=nbd --uri={uri}"
         f" --rw={mode} --bs=4k --iodepth=16 --size={size} --norandommap"
         f" --time_based --runtime={seconds} --output-format=json"
         f" --buffer_compress_percentage={percent} --refill_buffers"
+        f" --numjobs={jobs} --group_reporting"
     )
     done = subprocess.run(command.split(), check=True, capture_output=True, text=True)
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]

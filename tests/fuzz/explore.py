@@ -46,9 +46,9 @@ def main() -> None:
 
         def one(data: bytes) -> None:
             world.run(data)
-            if world.executions % 20000 == 0:
+            if world.executions % 10000 == 0:
                 speed = world.executions / (time.monotonic() - started)
-                print(f"{world.executions} executions, {speed:.0f}/s", file=sys.stderr)
+                print(f"{target}: {world.executions} executions, {speed:.0f}/s", file=sys.stderr)
 
         def mutated(data: bytes, most: int, seed: int) -> bytes:
             rng = random.Random(seed)
@@ -62,7 +62,7 @@ def main() -> None:
         arguments = [
             *("fuzz", f"-max_total_time={seconds}", f"-max_len={MOST}", f"-dict={words}"),
             *(f"-artifact_prefix={folder}/", "-timeout=20", "-rss_limit_mb=1024", "-len_control=0"),
-            *("-print_final_stats=1", *flags, str(folder), *map(str, seeds)),
+            *("-print_final_stats=1", "-verbosity=0", *flags, str(folder), *map(str, seeds)),
         ]
         atheris.Setup(arguments, one, custom_mutator=mutated)
         atheris.Fuzz()

@@ -97,7 +97,9 @@ class Mutator:
             parts.append(option(peer.STRUCTURED_REPLY))
         while rng.random() < 0.5:
             name = rng.choice((b"zram0", b"zram0", b"zram0", b"", b"other"))
-            queries = tuple(rng.sample(QUERIES, rng.randrange(4)))
+            queries = QUERIES[:2]  # both that there are
+            if rng.random() < 0.5:
+                queries = tuple(rng.sample(QUERIES, rng.randrange(4)))
             parts.append(option(peer.SET_META, meta(name, queries)))
         end = go(b"zram0", tuple(rng.choices(range(5), k=rng.randrange(3))))
         parts.append(
