@@ -5,6 +5,7 @@ import random
 import socket
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -133,6 +134,18 @@ def test_the_device_names_its_clients(running, address, zram):
     with RawClient(tcp) as client:
         wait_for(lambda: len(openers(zram)) == 1)
         assert f"127.0.0.1:{client.sock.getsockname()[1]}" in openers(zram)[0]
+
+
+def test_a_client_cannot_name_itself_what_a_terminal_obeys(address, zram):
+    comm = Path("/proc/self/comm")
+    before = comm.read_text()
+    comm.write_text("\x1b[2J\nzramd: ok")
+    try:
+        with RawClient(address):
+            (name,) = zram.statistics().openers
+    finally:
+        comm.write_text(before)
+    assert "?[2J?zramd: ok (pid" in name
 
 
 def test_a_pipeline_in_one_piece_is_answered_in_order(address):

@@ -487,6 +487,8 @@ def _peer(transport: asyncio.BaseTransport) -> str:
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid = struct.unpack("3i", credentials)[0]
     try:
-        return f"{Path(f'/proc/{pid}/comm').read_text(errors='replace').rstrip()} (pid {pid})"
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip()
     except OSError:
         return f"pid {pid}"
+    # Its own choice, and shown on terminals.
+    return f"{''.join(each if each.isprintable() else '?' for each in name)} (pid {pid})"
