@@ -418,3 +418,21 @@ def test_a_save_ends_with_who_wanted_it(control, zram):
     control.save(file)
     os.close(while_open)
     os.close(file)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"\xff\0", b"[" * 50_000 + b"\0", b"x" * (1 << 20)],
+    ids=["no UTF-8", "nested without end", "without end"],
+)
+def test_what_is_no_message_ends_the_connection_and_no_other(place, thread, said, caplog):
+    with Control(place) as control, socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(30)
+        client.connect(str(place))
+        try:
+            client.sendall(said)
+            assert client.recv(1) == b""
+        except ConnectionError:
+            pass  # it has ended before it took all
+        assert control.get("initstate") == "0"
+    assert not caplog.records

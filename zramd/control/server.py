@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from asyncvarlink import (
+    FileDescriptorArray,
     VarlinkInterfaceRegistry,
     VarlinkInterfaceServerProtocol,
     VarlinkMethodReply,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _BACKLOG: Final = 128
 _FLUSH_S: Final = 1.0
+_MOST_MESSAGE: Final = 64 << 10
 
 
 class ControlServer:
@@ -95,13 +97,37 @@ class ControlServer:
 
 
 class _Connection(VarlinkInterfaceServerProtocol):
-    """One client; its replies stay in `unsent` until the kernel has them."""
+    """One client; its replies stay in `unsent` until the kernel has them.
+
+    What is no message, or one without end, ends the connection: asyncvarlink would keep it, and
+    look at all of it again and again, on the loop that serves the device.
+    """
 
     def __init__(
         self, registry: VarlinkInterfaceRegistry, unsent: set[asyncio.Future[None]]
     ) -> None:
         super().__init__(registry)
         self._unsent = unsent
+        self._client: asyncio.BaseTransport
+        self._begun = 0  # bytes of a message whose end has not come
+        self._over = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._client = transport
+        super().connection_made(transport)
+
+    def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
+        if self._over:
+            return
+        ends = data.rfind(b"\0")
+        self._begun = self._begun + len(data) if ends < 0 else len(data) - ends - 1
+        try:
+            super().message_received(data, fds)
+        except (ValueError, RecursionError):  # no UTF-8, or JSON within JSON within JSON
+            self._over = True
+        if self._over or self._begun > _MOST_MESSAGE:
+            self._over = True
+            self._client.close()
 
     def send_reply(
         self, reply: VarlinkMethodReply, fds: list[int] | None = None, autoclose: bool = True
