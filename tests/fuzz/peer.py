@@ -217,7 +217,9 @@ class Judge:
         must(bool(self.flags & 2) is self.limits.read_only, "READ_ONLY")
         df = bool(self.flags & 1 << 7)
         must(df is (self.structured or self.extended), "SEND_DF without structured replies")
-        must(self.flags & 0xD6C == 0xD6C, "transmission flags")
+        changes = 0x860  # TRIM, WRITE_ZEROES, FAST_ZERO
+        offered = 0x50C | (0 if self.limits.read_only else changes)
+        must(self.flags & ~(1 << 7) == offered | self.limits.read_only << 1 | 1, "other flags")
 
     def option(self, option: int, data: bytes, long: bool, fixed: bool) -> int | None:
         """One option's replies up to the last, which is returned; None where there is none."""
@@ -380,7 +382,7 @@ class Judge:
                 self.dropped = True
                 break
             if command == WRITE or (self.extended and flags & PAYLOAD_LEN):
-                if length > limits.skipped:
+                if length > (limits.payload if self.extended else limits.skipped):
                     self.dropped = True
                     break
                 if at + length > len(sent):
