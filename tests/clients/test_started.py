@@ -8,9 +8,9 @@ import textwrap
 import pytest
 
 from tests import places
+from tests.clients.serving import ROOT, run
 from tests.conftest import require
 from tests.nbd.harness import wait_for
-from tests.test_clients import ROOT, run
 
 ZRAMD = [sys.executable, "-m", "zramd.cli", "serve", "zram0", "--disksize=64M"]
 PYTHON = "/usr/bin/python3"  # which python3-libnbd is for

@@ -10,8 +10,8 @@ from urllib.parse import quote
 import pytest
 
 from tests import places
+from tests.clients.serving import ROOT, SIZE, Served, free_port, run
 from tests.conftest import require
-from tests.test_clients import ROOT, SIZE, Served, free_port, run
 
 
 def zramd_serve(directory: Path, certificates: Path, mode: str, *, verify: bool) -> Served:
