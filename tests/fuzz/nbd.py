@@ -438,7 +438,7 @@ class _Execution:
         server.tls = Tls() if first & TLS_REQUIRED else None
         server._loop = loop  # type: ignore[assignment]
         self.transport = Transport(loop, server.buffer)
-        self.connection = self.transport.protocol = Connection(server)
+        self.connection = self.transport.protocol = Connection(server, server.tls)
         self.transport.protocol.connection_made(self.transport)
         loop.run()
         self.eof = self.lost = self.timed_out = False
