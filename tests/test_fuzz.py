@@ -174,7 +174,7 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
                 data = mutator.mutate(mutator.rng.choice(corpus))
             try:
                 world.run(data)
-            except Exception as found:
+            except peer.Wrong as found:
                 print(f"found by input {number}: {found!r}")
                 return
     pytest.fail("it was not found")
