@@ -167,6 +167,22 @@ def test_a_terminal_or_what_is_no_stream_is_refused(start, zramd):
     assert zramd.left() == []
 
 
+def test_a_client_over_tcp_is_held_to_what_is_asked_of_tcp(start, zramd):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours = socket.create_connection(listening.getsockname())
+        theirs, _ = listening.accept()
+    with ours, theirs:
+        server = start(
+            *("--disksize=16M", "--for=swap", "--allow-deadlock"),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+        )
+        assert b"over TCP it can deadlock" in server.communicate(timeout=DEADLINE_S)[1]
+    assert server.returncode == 2
+    assert zramd.left() == []
+
+
 def test_a_server_whose_worker_dies_ends_as_its_client_has_lost_it(zramd, start):
     server, sock = over_a_socket(start, stderr=subprocess.PIPE)
     with _Client(sock) as client:

@@ -42,7 +42,7 @@ def test_it_serves_with_tls_and_its_own_socket_without(zramd, arguments, certifi
 def test_a_configuration_file_says_it_too(zramd, certificates, tmp_path):
     file = tmp_path / "zram0.toml"
     file.write_text(
-        f'disksize = "16M"\nlisten = ["unix:{tmp_path}/nbd.sock"]\ntls = "on"\n'
+        f'disksize = "16M"\nlisten = ["unix:{tmp_path}/nbd.sock"]\ntls = "require"\n'
         f'tls_certificates = "{certificates}/server"\ntls_verify_peer = true\nread_only = true\n'
         "max_connections = 1\n"
     )
@@ -85,7 +85,7 @@ def test_a_server_in_the_background_is_told_all_of_it(tmp_path):
     config = Config(
         disksize=1 << 20,
         listen=(TcpAddress("192.0.2.1", 1),),
-        tls="on",
+        tls="require",
         tls_certificates=tmp_path,
         tls_verify_peer=True,
         allow_plain_tcp=True,
@@ -93,7 +93,12 @@ def test_a_server_in_the_background_is_told_all_of_it(tmp_path):
         max_connections=7,
     )
     assert up._arguments(config) == [
-        *("--disksize=1048576", "--tls=on", f"--tls-certificates={tmp_path}", "--tls-verify-peer"),
+        *(
+            "--disksize=1048576",
+            "--tls=require",
+            f"--tls-certificates={tmp_path}",
+            "--tls-verify-peer",
+        ),
         *("--allow-plain-tcp", "--read-only", "--max-connections=7", "--listen=tcp:192.0.2.1:1"),
     ]
     keys = Config(disksize=1 << 20, tls="require", tls_psk=tmp_path)

@@ -46,6 +46,7 @@ def test_an_address_is_understood_and_prints_as_it_was_typed(text, address):
         ("tcp:::1:10809", "brackets"),
         ("tcp:localhost:", "''"),
         ("tcp:localhost:0", "'0'"),
+        ("tcp:localhost:" + "9" * 5000, "is not a port"),
         ("tcp:localhost:65536", "65536"),
         ("tcp:localhost:nbd", "nbd"),
         ("tcp:localhost:\N{ARABIC-INDIC DIGIT ONE}", "\N{ARABIC-INDIC DIGIT ONE}"),

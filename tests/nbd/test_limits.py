@@ -88,6 +88,27 @@ def test_the_limit_is_that_of_all_addresses_together(start):
         assert is_turned_away(tcp)
 
 
+def test_others_do_not_take_the_places_of_the_devices_own_socket(start, tmp_path):
+    running, address = start(max_connections=2)
+    running.do(running.server.listen(own := UnixAddress(tmp_path / "own.sock"), private=True))
+    others = [RawClient(address) for _ in range(2)]
+    assert is_turned_away(address)
+    ours = [RawClient(own) for _ in range(server._PRIVATE_CONNECTIONS)]
+    assert is_turned_away(own)
+    for client in (*others, *ours):
+        client.sock.close()
+
+
+def test_a_burst_of_clients_that_are_dropped_is_logged_once(start, caplog):
+    caplog.set_level(logging.INFO, "zramd.nbd.server")
+    _, address = start()
+    for _ in range(20):
+        with RawClient(address) as client:
+            client.send(b"no request" * 3)
+            assert client.ended()
+    assert [record.getMessage().split(": ")[0][:8] for record in caplog.records] == ["dropping"]
+
+
 def test_a_handshake_that_does_not_go_on_holds_its_place_no_longer_than_it_may(start, monkeypatch):
     monkeypatch.setattr(connection, "_HANDSHAKE_SECONDS", 0.3)
     _, address = start(max_connections=2)

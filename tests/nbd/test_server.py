@@ -313,6 +313,23 @@ def test_a_peer_that_does_not_read_is_not_read_from_and_loses_nothing(running, a
         assert seen == set(range(count))
 
 
+def test_a_client_has_one_turn_scheduled_whatever_ends_meanwhile(address, monkeypatch):
+    monkeypatch.setattr(connection, "_TURN_SECONDS", 0)  # each request ends its turn
+    due = []
+    take = connection.Connection._take_turn
+    monkeypatch.setattr(
+        connection.Connection, "_take_turn", lambda self: due.append(self._turn_due) or take(self)
+    )
+    # Those that go to a thread come back while another turn is due.
+    burst = request(NBD_CMD_TRIM, 0, LONG) + 5 * request(NBD_CMD_READ, 0, 512)
+    with RawClient(address) as client:
+        for _ in range(50):
+            client.send(4 * burst)
+            client.receive(4 * (6 * 16 + 5 * 512))
+    assert len(due) > 100
+    assert all(due)
+
+
 @pytest.mark.parametrize("command", [NBD_CMD_READ, NBD_CMD_TRIM])  # long replies, and short
 def test_what_is_in_flight_is_bounded_in_number(running, address, held, command):
     count = connection._IN_FLIGHT + 40
@@ -760,6 +777,28 @@ def test_who_leaves_has_no_more_answers_in_memory_than_a_kernel_asks_for(
         assert client.ended()
         closing.result(30)
     running.close()
+
+
+def test_who_leaves_keeps_back_few_of_a_strangers_answers(zram, tmp_path, monkeypatch):
+    monkeypatch.setattr(connection, "_MOST_GATHERED_BYTES", 1 << 20)
+    most = []
+    gather = connection.Connection._gather_answer
+
+    def gather_answer(self, request):
+        gather(self, request)
+        most.append(self._gathered_bytes)
+
+    monkeypatch.setattr(connection.Connection, "_gather_answer", gather_answer)
+    running = RunningServer(zram)
+    address = running.listen(UnixAddress(tmp_path / "nbd.sock"))
+    with RawClient(address) as client:
+        (served,) = running.server.live
+        many = 2000 * request(NBD_CMD_READ, 0, INLINE)
+        running.ask(lambda: (client.send(many), served.end(None)))  # so they are seen at once
+        while client.sock.recv(1 << 20):
+            pass
+    running.close()
+    assert max(most) < (1 << 20) + 2 * INLINE
 
 
 @pytest.mark.parametrize("reads", [True, False])

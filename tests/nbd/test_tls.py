@@ -300,10 +300,11 @@ def test_a_client_reads_and_writes_through_tls(serve, certificates, version):
 
 
 @pytest.fixture
-def turned_away(serve, caplog):
+def turned_away(serve, caplog, monkeypatch):
     """Somebody who cannot get in, and why the server says so: asyncio drops TLS's own alert, so
     that the client only sees the end."""
-    caplog.set_level(logging.INFO, "zramd.nbd.connection")
+    caplog.set_level(logging.INFO, "zramd.nbd.server")
+    monkeypatch.setattr("zramd.nbd.server._BURST_SECONDS", 0)
 
     def turned_away(why, address, context):
         caplog.clear()

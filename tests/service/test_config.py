@@ -194,6 +194,10 @@ def test_a_wrong_line_is_told_with_its_number_and_what_is_allowed(file, line, cu
             'tls = "on"\ntls_psk = "/k"\ntls_verify_peer = true',
             *(3, "--tls-psk and --tls-verify-peer exclude each other", "one"),
         ),
+        (
+            'tls = "on"\ntls_certificates = "/p"\ntls_verify_peer = true',
+            *(4, "--tls-verify-peer keeps nobody out", "--tls require"),
+        ),
         ('tls_certificates = "/p"\ntls = "yes"', 3, "tls: 'yes' is not allowed", "require"),
     ],
 )

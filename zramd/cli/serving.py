@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -60,6 +61,9 @@ def serve(
         tls: Tls | None = None
         try:
             config = config_of(file, options, found=restore is not None)
+            client = nbd_stdio.address(taken) if taken else None
+            if client is not None:  # the same holds for it as for who comes to an address
+                replace(config, listen=(*config.listen, client))
             most_connections(config.max_connections)
             tls = make_tls(config)
         except ZramdError:

@@ -60,7 +60,7 @@ def command(
     with contextlib.ExitStack() as undo:
         was_served = _serves(name, config)
         if was_served:
-            talk(f"{name} is served already")
+            talk(f"{name} is served already{_as_before(config)}")
         else:
             said = background.start(name, _arguments(config))
             undo.callback(_undo, stop, name)
@@ -101,6 +101,12 @@ def _config(name: str, file: Path | None, swap: bool, options: dict[str, Any]) -
     if options["fs_type"] is not None and not mounts:
         raise BadValue("--fs goes with --mount", hint="add --mount DIR, or leave it out")
     return Config(use="swap" if swap else "mount" if mounts else None, **options)
+
+
+def _as_before(config: Config) -> str:
+    """A word about options that a server has from its start, and which are not compared."""
+    asked = config.listen or config.tls != "off" or config.read_only or config.max_connections
+    return ", and listens where and as it was told when it was started" if asked else ""
 
 
 def _prepare(name: str, config: Config, via: attach.Via) -> None:

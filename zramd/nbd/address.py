@@ -147,9 +147,10 @@ def _tcp(text: str, rest: str) -> TcpAddress:
         raise BadValue(f"the IPv6 address in {text!r} needs brackets", hint=_HINT)
     if not colon or not host:
         raise BadValue(f"{text!r} does not name both host and port", hint=_HINT)
-    if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 65535):
+    number = _maybe_number(port)
+    if not (number and number <= 65535):
         raise BadValue(f"{port!r} in {text!r} is not a port; ports are 1 to 65535", hint=_HINT)
-    return TcpAddress(host, int(port))
+    return TcpAddress(host, number)
 
 
 def _vsock(text: str, rest: str) -> VsockAddress:
@@ -170,7 +171,7 @@ def _vsock(text: str, rest: str) -> VsockAddress:
 
 
 def _maybe_number(text: str) -> int | None:
-    """One that a context identifier, or a port of vsock, may be."""
+    """One that a context identifier, or a port, may be."""
     if not (text.isascii() and text.isdecimal() and len(text) <= len(str(_MOST_VSOCK))):
         return None
     return number if (number := int(text)) <= _MOST_VSOCK else None

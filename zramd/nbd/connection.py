@@ -89,8 +89,9 @@ _log = logging.getLogger(__name__)
 class Connection(asyncio.BufferedProtocol):
     """One client, from its handshake to its end."""
 
-    def __init__(self, server: "Server", tls: "Tls | None") -> None:
+    def __init__(self, server: "Server", tls: "Tls | None", *, private: bool = False) -> None:
         self._server = server
+        self._private = private
         self._tls = tls
         self._loop = asyncio.get_running_loop()
         self.gone = self._loop.create_future()
@@ -112,6 +113,7 @@ class Connection(asyncio.BufferedProtocol):
         self._gathered: list[bytes] = []  # their answers, kept back
         self._gathered_bytes = 0
         self._quiet_since = self._deadline = 0.0
+        self._turn_due = False  # another turn of `_pump` is scheduled
         self._held_back = False  # requests, for want of room
         self._cut = False
         self._lost = False
@@ -166,7 +168,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if not self._server.admits():
+        if not self._server.admits(self._private):
             self._transport.abort()
             return
         self._server.live.add(self)
@@ -205,7 +207,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._peer_reads = True
-        self._pump()
+        if not self._turn_due:
+            self._pump()
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._lost = self._ending = True
@@ -251,7 +254,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport, self, self._tls.context, server_side=True
             )
         except OSError as error:
-            _log.info("dropping %s: no TLS: %s", peer, str(error) or "it has left")
+            self._server.drops(peer, f"no TLS: {str(error) or 'it has left'}")
         if secured is None:  # asyncio does not tell a protocol whose TLS has not begun
             self.connection_lost(None)
             return
@@ -295,7 +298,8 @@ class Connection(asyncio.BufferedProtocol):
                             break
                     worked += length
                     if worked > _BATCH or self._loop.time() > turn_ends:
-                        self._loop.call_soon(self._pump)
+                        self._turn_due = True
+                        self._loop.call_soon(self._take_turn)
                         break
             else:
                 more = False
@@ -306,7 +310,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(b"".join(replies))
         if receiver.ended:
             if receiver.violation:
-                _log.info("dropping %s: %s", _peer(self._transport), receiver.violation)
+                self._server.drops(_peer(self._transport), receiver.violation)
             self._begin_ending()
         elif more is self._reading:  # read on only when the buffer has nothing more to give
             self._reading = not more
@@ -314,6 +318,10 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.pause_reading()
             else:
                 self._transport.resume_reading()
+
+    def _take_turn(self) -> None:
+        self._turn_due = False
+        self._pump()
 
     def _has_room(self) -> bool:
         return (
@@ -342,7 +350,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.write(memoryview(part))
         if self._ending:
             self._finish_if_idle()
-        elif not self._reading:
+        elif not self._reading and not self._turn_due:
             self._pump()
 
     # Ending
@@ -365,6 +373,8 @@ class Connection(asyncio.BufferedProtocol):
         self._held_back = not self._may_gather()
         for request in self._receiver.requests() if not self._held_back else ():
             self._gather_answer(request)
+            if self._cut and not self._may_gather():
+                self._answer_gathered()
             if not self._may_gather():
                 self._held_back = True
                 break
@@ -384,8 +394,11 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.resume_reading()
 
     def _may_gather(self) -> bool:
-        """Errors need no room."""
-        return self._refusal is not None or self._has_room()
+        """Errors need room for themselves only."""
+        return self._gathers_few() and (self._refusal is not None or self._has_room())
+
+    def _gathers_few(self) -> bool:
+        return len(self._gathered) < _MOST_GATHERED and self._gathered_bytes < _MOST_GATHERED_BYTES
 
     def _gather_answer(self, request: Request) -> None:
         if self._refusal is not None:
@@ -409,8 +422,7 @@ class Connection(asyncio.BufferedProtocol):
         now = self._loop.time()
         quiet = now - self._quiet_since >= QUIET_SECONDS
         quiet = quiet and not self._in_flight and not self._held_back
-        few = len(self._gathered) < _MOST_GATHERED and self._gathered_bytes < _MOST_GATHERED_BYTES
-        if not quiet and few and now < self._deadline:
+        if not quiet and self._gathers_few() and now < self._deadline:
             self._timer = self._loop.call_later(QUIET_SECONDS / 4, self._end_when_quiet)
             return
         self._cut = True
@@ -424,7 +436,7 @@ class Connection(asyncio.BufferedProtocol):
             self._begin_ending()
 
     def _answer_gathered(self) -> None:
-        gathered, self._gathered = self._gathered, []
+        gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         if gathered and not self._transport.is_closing():
             self._transport.write(b"".join(gathered))
 
@@ -449,7 +461,8 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.close()  # sends what is buffered first
             self._timer = self._loop.call_later(LINGER_SECONDS, self.abort)
         elif not self.gone.done():
-            self._receiver = None  # its buffer would stay until cycles of garbage are collected
+            # Their buffers would stay until cycles of garbage are collected.
+            self._receiver = self._negotiation = None
             self._server.live.discard(self)
             self.gone.set_result(None)
             if self._had_much:
@@ -483,7 +496,8 @@ def _peer(transport: asyncio.BaseTransport) -> str:
     """Who is at the other end, in a few words."""
     sock = transport.get_extra_info("socket")
     if sock.family != socket.AF_UNIX:
-        return str(address_of(sock.family, transport.get_extra_info("peername")))
+        name = transport.get_extra_info("peername")
+        return "a client that has left" if name is None else str(address_of(sock.family, name))
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid = struct.unpack("3i", credentials)[0]
     try:

@@ -25,7 +25,7 @@ then calls `secured`, and gives us nothing else in between.
 import enum
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from zramd.errors import ZramdError
 from zramd.nbd import wire
@@ -87,18 +87,6 @@ class Negotiation:
         self._secure = False
         self._selected_for = ""  # the export whose contexts were selected
         self._selected: tuple[int, ...] = ()
-        self._handlers: dict[int, Callable[[int, bytes], bytes]] = {
-            wire.NBD_OPT_EXPORT_NAME: self._export_name,
-            wire.NBD_OPT_ABORT: self._abort,
-            wire.NBD_OPT_LIST: self._list,
-            wire.NBD_OPT_STARTTLS: self._starttls,
-            wire.NBD_OPT_INFO: self._info,
-            wire.NBD_OPT_GO: self._info,
-            wire.NBD_OPT_STRUCTURED_REPLY: self._structured_reply,
-            wire.NBD_OPT_LIST_META_CONTEXT: self._list_contexts,
-            wire.NBD_OPT_SET_META_CONTEXT: self._set_contexts,
-            wire.NBD_OPT_EXTENDED_HEADERS: self._extended_headers,
-        }
 
     @property
     def done(self) -> bool:
@@ -187,7 +175,7 @@ class Negotiation:
             if option == wire.NBD_OPT_EXPORT_NAME:
                 return self._drop("TLS is required, and was not begun")
             return self._refuse(option, wire.NBD_REP_ERR_TLS_REQD, "begin TLS first")
-        handler = self._handlers.get(option)
+        handler = self._HANDLERS.get(option)
         if handler is None:
             return self._refuse(option, wire.NBD_REP_ERR_UNSUP, f"option {option} is not supported")
         if data is None and option != wire.NBD_OPT_ABORT:
@@ -197,7 +185,7 @@ class Negotiation:
                 self._selected = ()
             return self._refuse(option, wire.NBD_REP_ERR_TOO_BIG, f"at most {MAX_KEPT} bytes")
         try:
-            return handler(option, data or b"")
+            return handler(self, option, data or b"")
         except Malformed as error:
             return self._refuse(option, wire.NBD_REP_ERR_INVALID, str(error))
         except ZramdError as error:
@@ -320,6 +308,20 @@ class Negotiation:
     def _drop(self, reason: str) -> bytes:
         self.state, self.reason = State.ENDED, reason
         return b""
+
+    # On the class: bound methods would be a cycle, and keep the buffer until it is collected.
+    _HANDLERS: ClassVar[dict[int, Callable[["Negotiation", int, bytes], bytes]]] = {
+        wire.NBD_OPT_EXPORT_NAME: _export_name,
+        wire.NBD_OPT_ABORT: _abort,
+        wire.NBD_OPT_LIST: _list,
+        wire.NBD_OPT_STARTTLS: _starttls,
+        wire.NBD_OPT_INFO: _info,
+        wire.NBD_OPT_GO: _info,
+        wire.NBD_OPT_STRUCTURED_REPLY: _structured_reply,
+        wire.NBD_OPT_LIST_META_CONTEXT: _list_contexts,
+        wire.NBD_OPT_SET_META_CONTEXT: _set_contexts,
+        wire.NBD_OPT_EXTENDED_HEADERS: _extended_headers,
+    }
 
 
 def _must_be_empty(data: bytes) -> None:

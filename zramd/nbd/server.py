@@ -9,7 +9,8 @@ Promises:
    leave, the sockets' files, on which another process that holds the sockets goes on.
 4. At most `max_connections` clients are served; who comes beyond is accepted and closed at once, so
    that nobody waits in vain, and there are descriptors left for all else. A place is held from the
-   connection's first moment: who does not finish the handshake in time loses it.
+   connection's first moment: who does not finish the handshake in time loses it. Others' clients
+   never take the places of the device's own socket: the kernel is to be connected again there.
 
 Assumes: everything but the device's callback is called on the event loop; two servers are not
 started on one socket path at the same instant.
@@ -58,12 +59,15 @@ the time before, and of the one before that, whom we have not refused yet."""
 _MOST_CONNECTIONS: Final = 1024
 """If nobody says another number, and there are descriptors for so many."""
 _FEWEST_CONNECTIONS: Final = 16
-_OTHER_DESCRIPTORS: Final = 64 + 3 * _ACCEPTED_AT_ONCE
+_OTHER_DESCRIPTORS: Final = 64 + 3 * _ACCEPTED_AT_ONCE  # _PRIVATE_CONNECTIONS among the 64
 """What a server has open beside its connections: about 20, control's clients, a snapshot, and who
 is about to be refused."""
 
+_PRIVATE_CONNECTIONS: Final = 16
+"""On the device's own socket, beyond those that there may be in all."""
+
 _BURST_SECONDS: Final = 10.0
-"""Who is refused so soon after another is not logged again."""
+"""Who is turned away, or dropped, so soon after another is not logged again."""
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +107,7 @@ class Server:
         self.tls = tls
         self.read_only = read_only
         self._max_connections = most_connections(max_connections)
-        self._full_since = -_BURST_SECONDS  # the last time that one was refused
+        self._refused_at = self._dropped_at = -_BURST_SECONDS  # the last one
         self.buffer = memoryview(bytearray(BUFFER))
         """What each connection receives into, on the event loop, and leaves before the next."""
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nbd")
@@ -137,7 +141,8 @@ class Server:
         Raises ServerExists where somebody listens already, BadValue where nobody can.
         """
         self._loop = loop = asyncio.get_running_loop()
-        accept = partial(Connection, self, self._private_tls() if private else self.tls)
+        tls = self._private_tls() if private else self.tls
+        accept = partial(Connection, self, tls, private=private)
         if isinstance(address, UnixAddress):
             sock = bound[0] if bound and address.path.exists() else _bind_unix(address)
             self._sockets.append((address.path, address.path.stat()))
@@ -158,6 +163,8 @@ class Server:
                 )
             except OSError as error:
                 raise _listen_failed(address, error) from error
+            except UnicodeError as error:
+                raise BadValue(f"cannot listen on {address}: that is no name of a host") from error
             listeners = [listener]
         sockets = [sock for listener in listeners for sock in listener.sockets]
         if isinstance(address, TcpAddress):
@@ -192,19 +199,26 @@ class Server:
     def _private_tls(self) -> "Tls | None":
         return None if self.tls is None else replace(self.tls, required=False)
 
-    def admits(self) -> bool:
+    def admits(self, private: bool) -> bool:
         """Whether there is room for one connection more."""
-        if len(self.live) < self._max_connections:
+        if len(self.live) < self._max_connections + (_PRIVATE_CONNECTIONS if private else 0):
             return True
-        assert self._loop is not None
-        now = self._loop.time()
-        if now - self._full_since >= _BURST_SECONDS:
+        last, self._refused_at = self._refused_at, self._now()
+        if self._refused_at - last >= _BURST_SECONDS:
             _log.warning(
                 "%d connections to %s, the most there may be: who comes now is turned away",
                 *(len(self.live), self.zram.name),
             )
-        self._full_since = now
         return False
+
+    def drops(self, peer: str, why: str) -> None:
+        """Logs that a client is dropped."""
+        last, self._dropped_at = self._dropped_at, self._now()
+        if self._dropped_at - last >= _BURST_SECONDS:
+            _log.info("dropping %s: %s", peer, why)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     async def close(self, *, leave: bool = False) -> None:
         """Stops accepting, answers what is in flight, closes the connections, unlinks sockets.

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from zramd.errors import BadValue
+from zramd.nbd.address import Address, address_of
 
 _CHUNK: Final = 256 << 10
 _DRAINED_S: Final = 10.0
@@ -57,6 +58,14 @@ def take() -> Taken:
     os.dup2(2, 1)
     os.close(null)
     return taken
+
+
+def address(taken: Taken) -> Address | None:
+    """Where a client on a socket of its own comes from; None where it is on pipes."""
+    if not _is_stream(taken.stdin):
+        return None
+    with socket.socket(fileno=os.dup(taken.stdin)) as sock:
+        return address_of(sock.family, sock.getsockname())
 
 
 def connected(taken: Taken) -> tuple[socket.socket, Callable[[], None]]:

@@ -317,6 +317,14 @@ def _senseless(given: dict[str, Any]) -> Iterator[tuple[str, BadValue]]:
                 hint="choose one of them",
             ),
         )
+    elif tls == "on" and given.get("tls_verify_peer"):
+        yield (
+            "tls_verify_peer",
+            BadValue(
+                "--tls-verify-peer keeps nobody out who does without TLS",
+                hint="say --tls require (in a file tls)",
+            ),
+        )
 
 
 def _option(key: str) -> str:

@@ -288,22 +288,24 @@ async def _serve(
     manager = systemd.Manager()
     takes_over = link.takes_over
     passed = _kept(link, PASSED)
-    asked = config.listen
-    config = replace(config, listen=(*asked, *map(_where, passed)))
-    for address in config.listen:
-        if isinstance(address, UnixAddress) and address.path.parent == paths.dir:
-            raise BadValue(
-                f"{address} lies in the device's own directory", hint="choose a path elsewhere"
-            )
+    listen = (*config.listen, *map(_where, passed))
+    if not takes_over:  # else it has been found good, and to look at it may ask a name server
+        replace(config, listen=listen)
+        for address in listen:
+            if isinstance(address, UnixAddress) and address.path.parent == paths.dir:
+                raise BadValue(
+                    f"{address} lies in the device's own directory", hint="choose a path elsewhere"
+                )
     ended, told = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, ended.set)
     loop.add_signal_handler(signal.SIGTERM, told.set if config.use else ended.set)
     helpers = ThreadPoolExecutor(_HELPERS, thread_name_prefix="control")
     loop.set_default_executor(helpers)
-    server = Server(
-        zram, tls=tls, read_only=config.read_only, max_connections=config.max_connections
-    )
+    with pages_stay(link):
+        server = Server(
+            zram, tls=tls, read_only=config.read_only, max_connections=config.max_connections
+        )
 
     async def upgrade(program: list[str]) -> int:
         process = await asyncio.to_thread(link.upgrade, program)
@@ -337,7 +339,7 @@ async def _serve(
         ends.push_async_callback(close_server)
         ends.enter_context(pages_stay(link))  # before the others, and instead
         own = UnixAddress(paths.nbd_socket)
-        for asked_for in (own, *asked):
+        for asked_for in (own, *config.listen):
             name = f"listen {asked_for}"
             sockets = await server.listen(asked_for, _kept(link, name), private=asked_for is own)
             for n, descriptor in enumerate(sockets):
@@ -353,7 +355,7 @@ async def _serve(
         if config.use:
             hardening.start_threads(helpers, _HELPERS)
             hardening.start_threads(server.threads, THREADS)
-        line = _line(zram, paths, config)
+        line = _line(zram, paths, listen)
         if background and not takes_over:
             print(f"zramd: {line}", file=sys.stderr, flush=True)
             go_to_background(paths.log)  # as our supervisor does when it hears that we are ready
@@ -426,8 +428,8 @@ def _reconnect(reconnect: Callable[[], object]) -> None:
         _log.error("the kernel waits, and cannot be connected again: %s", error)
 
 
-def _line(zram: Zram, paths: Paths, config: Config) -> str:
+def _line(zram: Zram, paths: Paths, listen: tuple[Address, ...]) -> str:
     """What there is to say of readiness."""
     now = zram.statistics()
-    where = ", ".join([str(paths.nbd_socket), *map(str, config.listen)])
+    where = ", ".join([str(paths.nbd_socket), *map(str, listen)])
     return f"{zram.name} ({sizes.human(now.disksize)}, {now.algorithm}) is served on {where}"
