@@ -1,0 +1,384 @@
+"""What is done with each peer, and what is read off: one run of a workload gives named figures.
+
+Bulk copies the corpus, into a peer that has just been started, or out of one: nbdcopy for a server,
+dd with direct I/O for a block device. Random 4 KiB requests are fio's, through its nbd engine or
+libaio; `depth` is how many are in flight on each connection, and on a block device each job is
+counted as a connection. fio makes up what it writes, so that it compresses as well as the corpus
+does, page by page; but half of such a page is noise and half zeros, which costs a compressor less
+than real data. What it reads is the corpus.
+"""
+
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from scripts.benches import machine
+from scripts.benches.machine import Failed, client
+from scripts.benches.peers import Holds, Peer, Serve, Server, connected
+from zramd.nbd.wire import NBD_CMD_TRIM, SIMPLE_REPLY, pack_request
+
+MIB = 1 << 20
+GIB = 1 << 30
+PAGE = 4096
+
+Figures = dict[str, float]
+
+RATE, SERVER_CPU, CLIENT_CPU = "MiB/s", "server CPU s/GiB", "client CPU s/GiB"
+IOPS, REQUEST_CPU = "IOPS", "server CPU µs/request"
+P50, P99, P999 = "p50 µs", "p99 µs", "p99.9 µs"
+RAM, EMPTY, PER_BYTE = "RAM MiB", "RAM empty MiB", "RAM grown/stored"
+COMPRESSED, SECONDS = "compressed MiB", "s"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done."""
+
+    seconds: float
+    """Of each fio job."""
+    percent: int
+    """What compression takes off a page of the corpus."""
+
+
+class Workload(Protocol):
+    @property
+    def measure(self) -> str:
+        """What the report calls it."""
+
+    needs: Holds
+
+    def fits(self, peer: Peer) -> bool:
+        """Whether it can be done with this peer."""
+
+    def run(self, peer: Peer, scale: Scale) -> Figures:
+        """Do it once, with a peer that is ready for it."""
+
+
+def size_name(size: int) -> str:
+    return f"{size // MIB} MiB" if size >= MIB else f"{size >> 10} KiB"
+
+
+def connections_name(connections: int) -> str:
+    return "1 connection" if connections == 1 else f"{connections} connections"
+
+
+# Bulk
+
+
+@dataclass(frozen=True)
+class Bulk:
+    way: str
+    """`in` or `out`."""
+    request: int
+    connections: int
+
+    @property
+    def measure(self) -> str:
+        how = f"{size_name(self.request)}, {connections_name(self.connections)}"
+        return f"bulk {self.way}, {how}"
+
+    @property
+    def needs(self) -> Holds:
+        return Holds.NOTHING if self.way == "in" else Holds.CORPUS
+
+    def fits(self, peer: Peer) -> bool:
+        return self.connections == 1 or isinstance(peer, Server)
+
+    def run(self, peer: Peer, scale: Scale) -> Figures:
+        copying = peer.filling if self.way == "in" else peer.emptying
+        seconds, ours, theirs, _ = _measured(peer, copying(self.request, self.connections))
+        if self.way == "in":
+            peer.holds = Holds.CORPUS
+        gib = peer.size / GIB
+        return {RATE: peer.size / MIB / seconds, SERVER_CPU: ours / gib, CLIENT_CPU: theirs / gib}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The RAM of a whole server before and after it was filled."""
+
+    measure: str = "RAM of the whole server, filled with the corpus"
+    needs: Holds = Holds.NOTHING
+
+    def fits(self, peer: Peer) -> bool:
+        return True
+
+    def run(self, peer: Peer, scale: Scale) -> Figures:
+        empty = peer.ram()
+        peer.ready(Holds.CORPUS)
+        time.sleep(0.3)  # servers give buffers back a moment later
+        filled = peer.ram()
+        compressed = peer.compressed()
+        figures = {RAM: filled / MIB, EMPTY: empty / MIB, PER_BYTE: (filled - empty) / peer.size}
+        return figures | ({} if compressed is None else {COMPRESSED: compressed / MIB})
+
+
+def _measured(
+    peer: Peer, command: list[str], seconds: float = 120
+) -> tuple[float, float, float, str]:
+    """Run a client; seconds, the server's CPU seconds, the client's, and what it printed."""
+    before = peer.cpu_seconds()
+    started = time.perf_counter()
+    said, theirs = client(command, seconds)
+    took = time.perf_counter() - started
+    return took, peer.cpu_seconds() - before, theirs, said
+
+
+# 4 KiB
+
+
+@dataclass(frozen=True)
+class Random:
+    way: str
+    """`read` or `write`."""
+    depth: int
+    connections: int
+
+    @property
+    def measure(self) -> str:
+        how = f"{self.depth} in flight, {connections_name(self.connections)}"
+        return f"4 KiB random {self.way}, {how}"
+
+    @property
+    def needs(self) -> Holds:
+        return Holds.CORPUS if self.way == "read" else Holds.ANYTHING
+
+    def fits(self, peer: Peer) -> bool:
+        return True
+
+    def run(self, peer: Peer, scale: Scale) -> Figures:
+        command = _fio(peer, self.way, self.depth, self.connections, scale)
+        _, ours, _, said = _measured(peer, command, scale.seconds + 60)
+        if self.way == "write":
+            peer.holds = Holds.ANYTHING
+        figures, requests = _parsed(said, self.way)
+        return figures | {REQUEST_CPU: 1e6 * ours / max(1, requests)}
+
+
+def _fio(peer: Peer, way: str, depth: int, connections: int, scale: Scale) -> list[str]:
+    if peer.node:
+        target = ["--ioengine=libaio", "--direct=1", f"--filename={peer.node}"]
+    else:
+        target = ["--ioengine=nbd", f"--uri={peer.uri}"]
+    return [
+        *("fio", "--name=bench", *target, f"--rw=rand{way}", "--bs=4k", f"--iodepth={depth}"),
+        *(f"--numjobs={connections}", "--group_reporting", f"--size={peer.size}"),
+        *("--norandommap", "--time_based", f"--runtime={round(1000 * scale.seconds)}ms"),
+        *(f"--buffer_compress_percentage={scale.percent}", "--buffer_compress_chunk=4096"),
+        *("--refill_buffers", "--percentile_list=50:99:99.9", "--output-format=json"),
+    ]
+
+
+def _parsed(said: str, way: str) -> tuple[Figures, int]:
+    """Of fio's JSON, before which it may talk; and the number of requests."""
+    job: dict[str, Any] = json.loads(said[said.index("{") :])["jobs"][0]
+    if job["error"]:
+        raise Failed(f"fio: error {job['error']}")
+    done = job[way]
+    latency = done["clat_ns"]["percentile"]
+    figures = {
+        name: latency[key] / 1000
+        for name, key in ((P50, "50.000000"), (P99, "99.000000"), (P999, "99.900000"))
+    }
+    return {IOPS: float(done["iops"])} | figures, int(done["total_ios"])
+
+
+# Latency beside other work
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Random reads while something else goes on; `beside` prepares it, and gives what is then to
+    be done in a thread until the reads have ended."""
+
+    what: str
+    depth: int
+    beside: Callable[[Serve], Callable[[threading.Event], None]]
+    needs: Holds = Holds.CORPUS
+
+    @property
+    def measure(self) -> str:
+        return f"4 KiB random read, {self.depth} in flight, {self.what}"
+
+    def fits(self, peer: Peer) -> bool:
+        return peer.name == "zramd serve lz4"
+
+    def run(self, peer: Peer, scale: Scale) -> Figures:
+        assert isinstance(peer, Serve)
+        seconds = 2 * scale.seconds
+        command = _fio(peer, "read", self.depth, 1, Scale(seconds, scale.percent))
+        with _meanwhile(self.beside(peer)):
+            said, _ = client(command, seconds + 60)
+        return _parsed(said, "read")[0]
+
+
+@contextmanager
+def _meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Do this in a thread; what it raises is raised here."""
+    done = threading.Event()
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work(done)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if raised:
+        raise raised[0]
+
+
+def zramd(peer: Peer, *arguments: str, **environment: str) -> None:
+    """Run a verb where clients run, and out of fio's way."""
+    done = subprocess.run(
+        machine.pinned(machine.CLIENTS, [*ZRAMD, *arguments], nice=True),
+        env=peer.environment | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if done.returncode:
+        raise Failed((done.stderr.strip() or f"zramd {arguments[0]} failed").splitlines()[-1])
+
+
+ZRAMD = (sys.executable, "-c", "from zramd.cli import main; main()")
+"""What the command `zramd` does, of this checkout."""
+
+
+def nothing(peer: Serve) -> Callable[[threading.Event], None]:
+    return lambda done: None
+
+
+def lists(peer: Serve) -> Callable[[threading.Event], None]:
+    return lambda done: _repeat(done, lambda: zramd(peer, "list"))
+
+
+def lists_elsewhere(peer: Serve) -> Callable[[threading.Event], None]:
+    """What `lists` takes of the client's CPU, without asking the server."""
+    nowhere = peer.place / "nowhere"
+    nowhere.mkdir(exist_ok=True)
+    return lambda done: _repeat(done, lambda: zramd(peer, "list", ZRAMD_RUNTIME_DIR=str(nowhere)))
+
+
+def saves(peer: Serve) -> Callable[[threading.Event], None]:
+    snapshot = str(peer.place / "snapshot")
+    return lambda done: _repeat(done, lambda: zramd(peer, "save", "bench", snapshot))
+
+
+def _repeat(done: threading.Event, work: Callable[[], None]) -> None:
+    while not done.wait(0.02):
+        work()
+
+
+def compaction(peer: Serve) -> Callable[[threading.Event], None]:
+    """Every other page is discarded while fio reads, and the rest then compacted."""
+
+    def work(done: threading.Event) -> None:
+        before = _compacted(peer)
+        discards(peer)(done)
+        peer.holds = Holds.ANYTHING
+        zramd(peer, "set", "bench", "compact", "1")
+        if _compacted(peer) == before:
+            raise Failed("nothing was compacted")
+
+    return work
+
+
+def discards(peer: Serve) -> Callable[[threading.Event], None]:
+    """The same discards, which after `compaction` discard nothing."""
+
+    def work(done: threading.Event) -> None:
+        done.wait(0.3)  # fio begins
+        with connected(peer.listening) as sock:
+            requests = [
+                pack_request(NBD_CMD_TRIM, bytes(8), at, PAGE)
+                for at in range(0, peer.size, 2 * PAGE)
+            ]
+            for at in range(0, len(requests), 64):
+                sock.sendall(b"".join(requests[at : at + 64]))
+                expected = SIMPLE_REPLY.size * len(requests[at : at + 64])
+                sock.recv(expected, socket.MSG_WAITALL)
+
+    return work
+
+
+def _compacted(peer: Serve) -> int:
+    """Pages that have been moved so far."""
+    return int(peer.statistics("mm_stat").split()[6])
+
+
+# The command
+
+
+@dataclass(frozen=True)
+class Command:
+    """How long a command takes while one device is served; the median of some."""
+
+    measure: str
+    arguments: tuple[str, ...]
+    needs: Holds = Holds.CORPUS
+
+    def fits(self, peer: Peer) -> bool:
+        return peer.name == "zramd serve lz4"
+
+    def run(self, peer: Peer, scale: Scale) -> Figures:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            subprocess.run(
+                machine.pinned(machine.CLIENTS, self.arguments),
+                env=peer.environment,
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+            times.append(time.perf_counter() - started)
+        return {SECONDS: statistics.median(times)}
+
+
+# All of them
+
+LIST = Command("time of `zramd list` with one device", (*ZRAMD, "list"))
+PASS = Command("time of `python -c pass`", (sys.executable, "-c", "pass"))
+
+
+def mixed(depth: int) -> list[Mixed]:
+    return [
+        Mixed("alone", depth, nothing),
+        Mixed("during snapshots", depth, saves),
+        Mixed("with `zramd list` asking elsewhere", depth, lists_elsewhere),
+        Mixed("with `zramd list` asking it", depth, lists),
+        Mixed("during discards and a compaction", depth, compaction),
+        Mixed("during discards of nothing", depth, discards, Holds.ANYTHING),
+    ]
+
+
+def plan(quick: bool) -> list[tuple[list[Workload], int]]:
+    """What is done, in order: workloads that alternate, and how many times the rounds they get."""
+    small, large = 128 << 10, MIB
+    bulks = [(small, 1), (large, 4)] if quick else [(s, c) for s in (small, large) for c in (1, 4)]
+    jobs = [(1, 1), (16, 1), (64, 4)] if quick else [(d, c) for c in (1, 4) for d in (1, 16, 64)]
+    groups: list[tuple[list[Workload], int]] = [([Weight()], 1)]
+    groups += [([Bulk("in", *how)], 1) for how in bulks]
+    groups += [([Bulk("out", *how)], 1) for how in bulks]
+    for way in ("read", "write"):
+        groups += [([Random(way, *how)], 1) for how in jobs]
+    groups.append(([LIST, PASS], 2))
+    groups += [(list(mixed(depth)), 2) for depth in ((16,) if quick else (1, 16))]
+    return groups
