@@ -8,9 +8,9 @@ report of what there is; nothing is left of it, however it ends.
 
 import argparse
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benches import corpus, inside, machine, peers, report, served, sweep, targets
-from scripts.benches.machine import Failed
 from scripts.benches.workloads import Scale, Workload, plan
 
 MIB = 1 << 20
@@ -75,19 +74,23 @@ def main() -> int:
             "quick": options.quick,
             **run.told(),
         }
+    pictures = []
+    if options.charts:
+        from scripts.benches import charts  # which needs a library that nothing else does
+
+        beside = options.markdown.parent if options.markdown else Path()
+        pictures = [
+            f"![{title}]({os.path.relpath(file, beside)})"
+            for title, file in charts.draw(run.results, options.charts)
+        ]
     judged = [target.judged(run.results) for target in targets.TARGETS]
-    subjects = [target.one[1] for target in targets.TARGETS]
-    text = report.markdown(told, run.results, targets.table(judged, subjects))
+    text = report.markdown(told, run.results, targets.table(judged), pictures)
     if options.json:
         whole = told | {"targets": judged, "rows": run.results.told()}
         options.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     if options.markdown:
         options.markdown.write_text(text)
-    if options.charts:
-        from scripts.benches import charts  # which needs a library that nothing else does
-
-        charts.draw(run.results, options.charts)
-    print(text)
+    print(text, end="")
     return 130 if run.interrupted else 0
 
 
@@ -215,8 +218,8 @@ class Run:
         try:
             peer.ready(workload.needs)
             figures = workload.run(peer, scale)
-        except (Failed, subprocess.SubprocessError, OSError, ValueError) as error:
-            failed = str(error) or repr(error)
+        except Exception as error:
+            failed = machine.last_line(str(error)) or repr(error)
             say(f"{workload.measure}: {peer.name}: failed: {failed}")
             _end(peer)  # the next finds a new one
         self.results.add(workload.measure, peer.name, figures, failed)
@@ -246,7 +249,7 @@ class Run:
 def _end(peer: peers.Peer) -> None:
     try:
         peer.stop()
-    except (Failed, subprocess.SubprocessError, OSError) as error:
+    except Exception as error:
         say(f"{peer.name}: {error}")
         peer.kill()
 

@@ -356,10 +356,12 @@ def measure_saving(
         thread = threading.Thread(target=write)
         started = time.perf_counter()
         thread.start()
-        while time.perf_counter() < started + seconds:
-            beside()
-        ended.set()
-        thread.join()
+        try:
+            while time.perf_counter() < started + seconds:
+                beside()
+        finally:
+            ended.set()
+            thread.join()
         return amount / MIB / (time.perf_counter() - started)
 
     yield (

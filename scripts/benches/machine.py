@@ -14,6 +14,7 @@ each in their Pss, but a page that neither has touched since it was forked is in
 
 import os
 import platform
+import resource
 import signal
 import statistics
 import subprocess
@@ -59,7 +60,7 @@ def client(command: list[str], seconds: float = 120) -> tuple[str, float]:
 
     Nothing else that this process has started may end meanwhile, or it is counted, too.
     """
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(
         pinned(CLIENTS, command),
         stdin=subprocess.DEVNULL,
@@ -77,13 +78,12 @@ def client(command: list[str], seconds: float = 120) -> tuple[str, float]:
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    after = os.times()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         raise Failed(
             last_line(complained or said) or f"{command[0]} ended with {process.returncode}"
         )
-    seconds = after.children_user + after.children_system
-    return said, seconds - before.children_user - before.children_system
+    return said, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def last_line(said: str) -> str:

@@ -102,8 +102,10 @@ def _by_peer(
     return table(["", *titles], rows) if rows else []
 
 
-def markdown(told: dict[str, Any], results: Results, targets: list[str]) -> str:
-    """The whole report. `told` is what the JSON holds beside the rows."""
+def markdown(
+    told: dict[str, Any], results: Results, targets: list[str], pictures: list[str]
+) -> str:
+    """The whole report. `told` is what the JSON holds beside the rows; the rest are lines of it."""
     measures = results.measures
 
     def those(prefix: str, *, of: list[str] = measures) -> list[str]:
@@ -133,7 +135,6 @@ def markdown(told: dict[str, Any], results: Results, targets: list[str]) -> str:
         if (measure, peer) in results.rows
     ]
     sections = {
-        "Figures to reach": targets,
         "Bulk, MiB/s": _by_peer(results, bulk, {w.RATE: ""}, "bulk "),
         "Bulk, CPU seconds per GiB": _by_peer(results, bulk, cpu, "bulk "),
         "4 KiB random reads, thousand a second": _by_peer(
@@ -166,6 +167,7 @@ def markdown(told: dict[str, Any], results: Results, targets: list[str]) -> str:
         "The corpus": _list(told["corpus"]),
     }
     body = [_head(told)]
+    sections = {"Figures to reach": targets, "Pictures": pictures} | sections
     for title, lines in sections.items():
         if lines:
             body += [f"## {title}", "\n".join(lines)]

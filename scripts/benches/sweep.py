@@ -89,11 +89,18 @@ def _end_all(work: Path) -> None:
 
 def remove_zram(number: int) -> None:
     """Reset this zram device and take it away."""
-    try:
-        Path(f"/sys/block/zram{number}/reset").write_text("1")
-        Path("/sys/class/zram-control/hot_remove").write_text(str(number))
-    except FileNotFoundError:
-        pass  # it is gone
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            Path(f"/sys/block/zram{number}/reset").write_text("1")
+            Path("/sys/class/zram-control/hot_remove").write_text(str(number))
+            return
+        except FileNotFoundError:
+            return  # it is gone
+        except OSError:  # somebody, udev perhaps, has it open for a moment
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from scripts.benches import report
 from scripts.benches import workloads as w
 from scripts.benches.report import Results, figure
 
@@ -38,6 +39,7 @@ class Target:
         wanted = self.at_least if self.at_least is not None else self.at_most
         sign = "≥" if self.at_least is not None else "≤"
         told: dict[str, Any] = {
+            "of": self.one[1],
             "measure": self.what,
             "against": self.against,
             "wanted": f"{sign} {wanted:g}{self.unit}",
@@ -124,15 +126,13 @@ TARGETS = [
 ]
 
 
-def table(judged: list[dict[str, Any]], subjects: list[str]) -> list[str]:
+def table(judged: list[dict[str, Any]]) -> list[str]:
     """As Markdown; what has not been measured is said."""
-    lines = [
-        "| of | measure | against | wanted | got (median) | min | max | reached |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for told, subject in zip(judged, subjects, strict=True):
+    rows = []
+    for told in judged:
         got = [figure(told[key]) if key in told else "" for key in ("median", "min", "max")]
         reached = {True: "yes", False: "**no**", None: "not measured"}[told["reached"]]
-        cells = [subject, told["measure"], told["against"], told["wanted"], *got, reached]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        what = (told[key] for key in ("of", "measure", "against", "wanted"))
+        rows.append([*what, *got, reached])
+    header = ["of", "measure", "against", "wanted", "got (median)", "min", "max", "reached"]
+    return report.table(header, rows)
