@@ -49,6 +49,9 @@ class Size:
     """Rounds, seconds and MiB of the rows of zramd's parts."""
 
 
+_SHARES = 20
+"""Into which the free RAM is divided: each peer gets one, and a few are left."""
+
 FULL = Size(256, 3, 1.2, (9, 4, 512))
 QUICK = Size(32, 1, 0.25, (1, 1, 32))
 
@@ -114,18 +117,20 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     for path in (options.json, options.markdown):
-        if path and not path.parent.is_dir():
-            parser.error(f"{path.parent} is not a directory")
+        if path:  # what cannot be written is said now, and not when all has been measured
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     return options
 
 
 def _size(options: argparse.Namespace) -> Size:
     size = QUICK if options.quick else FULL
     rounds, seconds, mib = size.parts
+    filled = min(options.mib or size.mib, machine.available() // MIB // _SHARES)
     if options.mib:
         mib = min(mib, options.mib)
     return Size(
-        options.mib or size.mib,
+        max(1, filled),
         options.rounds or size.rounds,
         options.seconds or size.seconds,
         (options.rounds or rounds, seconds, mib),

@@ -242,6 +242,11 @@ def _cpu_times() -> tuple[int, int, int]:
     return sum(ticks) - idle, ticks[7], sum(ticks)
 
 
+def available() -> int:
+    """Bytes of RAM that can be had."""
+    return _fields(Path("/proc/meminfo"))["MemAvailable"]
+
+
 def told() -> dict[str, Any]:
     """This machine, without its name."""
     model = "unknown"

@@ -136,7 +136,9 @@ def markdown(
     ]
     sections = {
         "Bulk, MiB/s": _by_peer(results, bulk, {w.RATE: ""}, "bulk "),
-        "Bulk, CPU seconds per GiB": _by_peer(results, bulk, cpu, "bulk "),
+        "Bulk, CPU seconds per GiB": _by_peer(
+            results, [m for m in bulk if m.endswith(" 1 connection")], cpu, "bulk "
+        ),
         "4 KiB random reads, thousand a second": _by_peer(
             results, read, {w.IOPS: ""}, "4 KiB random read, ", 1000
         ),
