@@ -80,7 +80,7 @@ def test_a_quick_run_has_every_kind_of_row_and_leaves_nothing(tmp_path):
     assert (tmp_path / "charts/bulk.svg").read_text().count("<svg") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_run_that_is_ended(number):
     before = left()
     bench = subprocess.Popen(

@@ -137,7 +137,12 @@ def _size(options: argparse.Namespace) -> Size:
     )
 
 
+_told_to_end: list[int] = []
+"""The signals that have come. What one raises may be lost to what clearing up raises."""
+
+
 def _interrupt(number: int, _frame: object) -> None:
+    _told_to_end.append(number)
     raise KeyboardInterrupt
 
 
@@ -227,6 +232,8 @@ class Run:
             failed = machine.last_line(str(error)) or repr(error)
             say(f"{workload.measure}: {peer.name}: failed: {failed}")
             _end(peer)  # the next finds a new one
+        if _told_to_end:
+            raise KeyboardInterrupt
         self.results.add(workload.measure, peer.name, figures, failed)
 
     def _measure_part(self, name: str, measure: Callable[..., Any], data: bytes) -> None:
@@ -236,6 +243,8 @@ class Run:
             for row, target, ratios in measure(data, rounds, seconds):
                 self.parts[row] = {"target": target, "ratios": ratios}
         except (Exception, SystemExit) as error:
+            if _told_to_end:
+                raise KeyboardInterrupt from None
             self.failed_parts[name] = machine.last_line(str(error)) or repr(error)
             say(f"part: {name}: failed: {self.failed_parts[name]}")
 

@@ -73,10 +73,10 @@ def client(command: list[str], seconds: float = 120) -> tuple[str, float]:
         try:
             said, complained = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process.pid, group=True)
             raise Failed(f"{command[0]} has not ended after {seconds:.0f} s") from None
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process.pid, group=True)
             raise
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
@@ -84,6 +84,14 @@ def client(command: list[str], seconds: float = 120) -> tuple[str, float]:
             last_line(complained or said) or f"{command[0]} ended with {process.returncode}"
         )
     return said, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def kill(process: int, *, group: bool = False) -> None:
+    """Kill it, or all of its group, if it is still there."""
+    try:
+        (os.killpg if group else os.kill)(process, signal.SIGKILL)
+    except OSError:
+        pass
 
 
 def last_line(said: str) -> str:

@@ -10,7 +10,6 @@ Peers that this machine lacks say why, and are left out.
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -125,7 +124,7 @@ class Peer:
     def kill(self) -> None:
         """End it where `stop` could not. What it leaves is swept up at the end."""
         for process in machine.marked(str(self.place)):
-            os.kill(process, signal.SIGKILL)
+            machine.kill(process)
         self.holds = None
 
 
@@ -186,7 +185,7 @@ class Server(Peer):
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                machine.kill(process.pid, group=True)
                 process.wait()
         super().stop()
 

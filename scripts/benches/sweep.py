@@ -63,10 +63,7 @@ def _lie_in_ram() -> None:
 
 def _end_all(work: Path) -> None:
     for process in machine.marked(str(work), MARK):
-        try:
-            os.kill(process, signal.SIGKILL)
-        except OSError:
-            continue  # it ended by itself
+        machine.kill(process)
     for lock in work.glob("*/*/lock"):
         subprocess.run(
             [sys.executable, "-m", "zramd.cli", "down", lock.parent.name],
