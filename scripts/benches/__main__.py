@@ -18,7 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.benches import corpus, inside, machine, peers, report, served, sweep, targets
+from scripts.benches import (
+    connections,
+    corpus,
+    inside,
+    machine,
+    peers,
+    report,
+    served,
+    sweep,
+    targets,
+)
 from scripts.benches.workloads import Scale, Workload, plan
 
 MIB = 1 << 20
@@ -31,6 +41,7 @@ PARTS = {
     "saving": inside.measure_saving,
     "pauses": served.measure_pauses,
     "idle": served.measure_idle,
+    "connections": connections.measure_connections,
     "pairs": served.measure_servers,
 }
 

@@ -185,13 +185,14 @@ def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]") ->
         time.sleep(0.05)
 
 
-def fio(uri: str, mode: str, size: int, seconds: int, percent: int) -> float:
-    """IOPS of one run."""
+def fio(uri: str, mode: str, size: int, seconds: int, percent: int, jobs: int = 1) -> float:
+    """IOPS of one run; `jobs` connections."""
     command = (
         f"taskset -c {max(os.sched_getaffinity(0))} fio --name=bench --ioengine=nbd --uri={uri}"
         f" --rw={mode} --bs=4k --iodepth=16 --size={size} --norandommap"
         f" --time_based --runtime={seconds} --output-format=json"
         f" --buffer_compress_percentage={percent} --refill_buffers"
+        f" --numjobs={jobs} --group_reporting"
     )
     done = subprocess.run(command.split(), check=True, capture_output=True, text=True)
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
