@@ -235,7 +235,15 @@ def test_a_service_that_is_cancelled_at_any_await_leaves_nothing(monkeypatch):
             async def serve() -> None:
                 config = Config(disksize=zram.disksize)
                 serving = worker._serve(
-                    zram, mine.paths, config, Alone(), threading.Event(), False, lambda: None
+                    zram,
+                    mine.paths,
+                    config,
+                    Alone(),
+                    threading.Event(),
+                    None,
+                    None,
+                    False,
+                    lambda: None,
                 )
                 service = asyncio.ensure_future(cutting(serving))
                 while not service.done() and not mine.paths.control_socket.exists():
