@@ -564,10 +564,12 @@ def test_a_peer_that_sends_without_end_is_cut_all_the_same(running, address, zra
         wait_for(lambda: len(served._gathered) == len(stream) - 1)
         running.ask(served._end_when_quiet)
         assert not served._cut
-        client.send(stream[-1])
+        beyond = [request(NBD_CMD_READ, 0, 512, cookie=len(stream) + n) for n in range(50)]
+        client.send(stream[-1] + b"".join(beyond))
         wait_for(lambda: len(served._gathered) == len(stream))
         running.ask(served._end_when_quiet)
-        assert [client.reply() for _ in stream] == [(n, EIO) for n in range(len(stream))]
+        expected = [(n, EIO) for n in range(len(stream) + len(beyond))]
+        assert [client.reply() for _ in expected] == expected
         assert client.ended()
 
 

@@ -433,7 +433,7 @@ class Connection(asyncio.BufferedProtocol):
         self._answer_gathered()
         self._timer = self._loop.call_later(LINGER_SECONDS, self.abort)
         if self._held_back:
-            self._begin_ending()
+            self._gather()
 
     def _answer_gathered(self) -> None:
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
