@@ -12,8 +12,8 @@ import pytest
 def plant(
     monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], *changes: tuple[str, str]
 ) -> None:
-    """Replace pieces of the source of a function, or of a method where its class defines it, each
-    of which stands there once."""
+    """Replace pieces of the source of a function, or of a method where its class defines it, and in
+    the tables there that have it, each of which stands there once."""
     source = textwrap.dedent(inspect.getsource(function))
     for old, new in changes:
         assert source.count(old) == 1, f"the fault has lost its place: {old!r}"
@@ -23,4 +23,8 @@ def plant(
     owner: Any = sys.modules[function.__module__]
     for name in function.__qualname__.split(".")[:-1]:
         owner = getattr(owner, name)
-    monkeypatch.setattr(owner, function.__name__, space[function.__name__])
+    changed = space[function.__name__]
+    monkeypatch.setattr(owner, function.__name__, changed)
+    for table in [value for value in vars(owner).values() if isinstance(value, dict)]:
+        for key in [key for key, value in table.items() if value is function]:
+            monkeypatch.setitem(table, key, changed)
