@@ -151,7 +151,9 @@ def test_a_reader_of_stderr_that_does_not_read_does_not_stop_it(runtime):
     """As journald, whose memory may be on our swap."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PAGE)
-    command = [sys.executable, "-m", "zramd.cli", "serve", "h1", "-s64M", "--for=swap"]
+    all_said = "from zramd.nbd import server; server._BURST_SECONDS = 0"
+    program = f"{all_said}; from zramd.cli import main; main()"
+    command = [sys.executable, "-c", program, "serve", "h1", "-s64M", "--for=swap"]
     server = subprocess.Popen([*command, "--allow-deadlock"], cwd=ROOT, stderr=writer)
     try:
         wait_for(Paths("h1").control_socket.exists, "the server")
