@@ -168,15 +168,18 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
     corpus = inputs("nbd")
     with nbd.small():
         world = nbd.World()
-        for number in range(MUTATIONS):
-            data = mutator.conversation()
-            if number % 2:
-                data = mutator.mutate(mutator.rng.choice(corpus))
-            try:
-                world.run(data)
-            except peer.Wrong as found:
-                print(f"found by input {number}: {found!r}")
-                return
+        try:
+            for number in range(MUTATIONS):
+                data = mutator.conversation()
+                if number % 2:
+                    data = mutator.mutate(mutator.rng.choice(corpus))
+                try:
+                    world.run(data)
+                except peer.Wrong as found:
+                    print(f"found by input {number}: {found!r}")
+                    return
+        finally:
+            world.abandon()
     pytest.fail("it was not found")
 
 

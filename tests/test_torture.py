@@ -535,6 +535,7 @@ def tortured(device: Device) -> None:
     """Everything that a test here asserts."""
     with device.controlled() as control:
         control.reset(force=True)
+        gc.collect()  # in one process, what other tests have left is ours, too
         descriptors = Held.by(device.pid).descriptors  # before there was any client
     torture = device.torture
     early = min(200, RESETS // 2)
