@@ -100,6 +100,13 @@ def test_a_conversation_from_a_file_is_answered_into_a_file(start, tmp_path):
     assert (tmp_path / "out").read_bytes().startswith(wire.pack_greeting())
 
 
+def test_a_file_may_say_what_the_device_is(start, tmp_path):
+    (tmp_path / "zram0.toml").write_text('disksize = "1M"\n')
+    _, sock = over_a_socket(start, f"--config={tmp_path}/zram0.toml")
+    with _Client(sock) as client:
+        assert client.info.size == MIB
+
+
 @pytest.mark.parametrize("kind", ["socket", "pipe"])
 def test_where_stderr_is_the_client_too_nothing_is_said_there(start, kind, zramd):
     """As inetd has it."""

@@ -268,5 +268,5 @@ def make_tls(device: config.Config) -> "Tls | None":
     )
 
 
-_BESIDE_A_FILE: Final = ("file", "via", "background", "restore")
+_BESIDE_A_FILE: Final = ("file", "via", "background", "restore", "stdio")
 """What options say that a file does not."""
