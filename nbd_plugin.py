@@ -359,8 +359,7 @@ def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
 
 
 def export_description(opener: Opener | None) -> str:
-    zram = _plugin.zram
-    return f"zramd, {sizes.human(zram.disksize)}, {zram.statistics().algorithm}"
+    return _plugin.zram.description
 
 
 def open(readonly: bool) -> Opener:

@@ -337,6 +337,12 @@ class Zram:
             self._openers.append(opener)
             return opener
 
+    @property
+    def description(self) -> str:
+        """What clients are told of the export, in a few words."""
+        now = self.statistics()
+        return f"zramd, {sizes.human(now.disksize)}, {now.algorithm}"
+
     def statistics(self) -> Statistics:
         """The figures of this moment; zeros where the device is not initialised."""
         counters, used, used_max, reserved, disksize = Counters(), 0, 0, 0, 0

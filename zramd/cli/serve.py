@@ -7,6 +7,7 @@ import click
 
 from zramd.cli.options import FILE, config_of, device_options, name_argument
 from zramd.errors import ZramdError
+from zramd.service.config import Config
 
 
 @click.command()
@@ -43,17 +44,20 @@ def command(
     root, else $XDG_RUNTIME_DIR/zramd. Export names are NAME and the empty one. SIGTERM and SIGINT
     end it, and its pages with it, even while clients are connected; `zramd down` asks first.
     """
-    if not _may_want_tls(file, options, restore):
+    config = _maybe_config(file, options, restore)
+    if config is not None and config.tls == "off":
         from zramd import without_ssl  # noqa: F401 - it is what it does that counts
     from zramd.cli.serving import serve  # which imports asyncio
 
-    serve(name, file, restore, options, background=background, stdio=stdio)
+    serve(name, file, restore, options, config, background=background, stdio=stdio)
 
 
-def _may_want_tls(file: Path | None, options: dict[str, Any], restore: Path | None) -> bool:
-    """Also where that cannot be told: what is wrong will be said later, or be put right while
-    somebody goes on with the pages of another."""
+def _maybe_config(
+    file: Path | None, options: dict[str, Any], restore: Path | None
+) -> Config | None:
+    """None where something is wrong: it will be said later, or be put right while somebody goes on
+    with the pages of another."""
     try:
-        return config_of(file, options, found=restore is not None).tls != "off"
+        return config_of(file, options, found=restore is not None)
     except ZramdError:
-        return True
+        return None

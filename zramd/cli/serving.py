@@ -34,11 +34,13 @@ def serve(
     file: Path | None,
     restore: Path | None,
     options: dict[str, Any],
+    config: Config | None,
     *,
     background: bool,
     stdio: bool,
 ) -> None:
-    """In the foreground, until it is to end."""
+    """In the foreground, until it is to end. `config` is what file or options say; None where
+    something is wrong with that."""
     taken = nbd_stdio.take() if stdio else None  # first: nothing is to be said to the client
     # Without a buffer: what cannot be written, as its reader is gone or slow, must not be kept and
     # tried again and again, at the end too.
@@ -57,10 +59,9 @@ def serve(
                 f"{name} serves its client on stdin and stdout, who would not survive it",
                 hint="it ends with that client: start the new one then",
             )
-        config: Config | None
         tls: Tls | None = None
         try:
-            config = config_of(file, options, found=restore is not None)
+            config = config or config_of(file, options, found=restore is not None)
             client = nbd_stdio.address(taken) if taken else None
             if client is not None:  # the same holds for it as for who comes to an address
                 replace(config, listen=(*config.listen, client))

@@ -42,7 +42,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from zramd import heap, sizes
+from zramd import heap
 from zramd.errors import BadValue, NotInitialised
 from zramd.nbd import transmission
 from zramd.nbd.address import address_of
@@ -139,17 +139,20 @@ class Connection(asyncio.BufferedProtocol):
         return [self._server.zram.name]
 
     def describe(self, name: str) -> ExportInfo:
+        self._must_be_there(name)
+        return self._info(self._server.zram.disksize)
+
+    def open(self, name: str) -> ExportInfo:
+        self._must_be_there(name)
+        self._opener = self._server.zram.open(f"nbd connection from {_peer(self._transport)}")
+        return self._info(self._opener.size)
+
+    def _must_be_there(self, name: str) -> None:
         zram = self._server.zram
         if name not in ("", zram.name):
             raise BadValue(f"there is no export {name!r} here, only {zram.name!r}")
         if not zram.disksize:
             raise NotInitialised(f"device {zram.name} has no disksize yet")
-        return self._info(zram.disksize)
-
-    def open(self, name: str) -> ExportInfo:
-        self.describe(name)
-        self._opener = self._server.zram.open(f"nbd connection from {_peer(self._transport)}")
-        return self._info(self._opener.size)
 
     def _info(self, size: int) -> ExportInfo:
         # Any length at any offset: nbd-client ignores the minimum and sets 512 whatever we say.
@@ -161,7 +164,7 @@ class Connection(asyncio.BufferedProtocol):
             preferred_block=4096,
             maximum_payload=transmission.MAX_PAYLOAD,
             name=zram.name,
-            description=f"zramd, {sizes.human(size)}, {zram.statistics().algorithm}",
+            description=zram.description,
         )
 
     # What asyncio tells

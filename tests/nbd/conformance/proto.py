@@ -13,6 +13,7 @@ import itertools
 import socket
 import struct
 import termios
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,6 +260,16 @@ class Peer:
         for request in requests:
             assert request.cookie not in self._asked
             self._asked[request.cookie] = request
+
+    def answers_of(self, requests: list[Request]) -> dict[int, Any]:
+        """Cookies and answers of all of these, sent without waiting for any."""
+        self.expect(*requests)
+        stream = b"".join(request.packed(self.mode) for request in requests)
+        sender = threading.Thread(target=self.send, args=(stream,))
+        sender.start()
+        answers = dict(self.answer() for _ in requests)
+        sender.join()
+        return answers
 
     def answer(self) -> tuple[int, Any]:
         """Cookie and answer of the next request that is answered completely.

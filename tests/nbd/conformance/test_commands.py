@@ -6,7 +6,6 @@ reply has the form that was negotiated, and comes once.
 
 import itertools
 import random
-import threading
 
 import pytest
 
@@ -456,12 +455,7 @@ def test_many_requests_in_one_piece_are_answered_once_each(small, mode):
             requests.append(Request(command, offset, length))
     with enter(Peer(small.path), mode) as peer:
         requests = list(numbered(requests))
-        peer.expect(*requests)
-        stream = b"".join(request.packed(mode) for request in requests)
-        sender = threading.Thread(target=peer.send, args=(stream,))
-        sender.start()
-        answers = dict(peer.answer() for _ in requests)
-        sender.join()
+        answers = peer.answers_of(requests)
         assert peer.do(Request(FLUSH)) == 0
     answered = [(request, answers[request.cookie]) for request in requests]
     assert misjudged(mode, small.size, answered) == []

@@ -125,12 +125,7 @@ def test_a_full_store_fails_the_writes_it_has_no_room_for_and_nothing_else(serve
             requests += [Request(READ, 63 * MIB, 512), Request(WRITE_ZEROES, n * MIB, 1)]
         for n, request in enumerate(requests):
             request.cookie = n
-        peer.expect(*requests)
-        stream = b"".join(request.packed(mode) for request in requests)
-        thread = threading.Thread(target=peer.send, args=(stream,))
-        thread.start()
-        answers = dict(peer.answer() for _ in requests)
-        thread.join()
+        answers = peer.answers_of(requests)
         errors = {request.cookie: answers[request.cookie] for request in requests[::4]}
         assert set(errors.values()) <= {0, ENOSPC}
         assert peer.do(write(mode, 20 * MIB, noise)) == ENOSPC
