@@ -460,7 +460,8 @@ def test_a_forced_reset_under_load_that_ignores_errors_lets_it_come_to_its_end(
     fio = start_fio(node, "--continue_on_error=all", depth=128, seconds=8)
     zramd("reset", device.name, "--force")
     _status, said = servers.end_of(fio)
-    errors = re.search(r"errors +: total=(\d+), first_error=5/<Input/output error>", said)
+    # The first may be of what was on its way, or of who finds that the node has no size any more.
+    errors = re.search(r"errors +: total=(\d+), first_error=(?:5|28)/", said)
     assert errors is not None, said
     assert int(errors[1]) > 100
     servers.wait_for(lambda: inflight(node) == ["0", "0"], "the requests to end", 20)
