@@ -82,7 +82,7 @@ def test_mutations_of_them(target, tmp_path):
 FAULTS = {
     "a reply twice": (
         Connection._worked,
-        ("self._transport.write(memoryview(part))", "self._transport.write(bytes(part) * 2)"),
+        ("self._send(reply)\n", "self._send(reply * 2)\n"),
     ),
     "another cookie": (answer, ("form.data(cookie, offset", "form.data(cookie[::-1], offset")),
     "the payload of a refused write is taken for requests": (

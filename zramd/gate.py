@@ -52,9 +52,10 @@ _SYS_MEMBARRIER: Final = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64l
 _PRIVATE_EXPEDITED: Final = 1 << 3
 _REGISTER_PRIVATE_EXPEDITED: Final = 1 << 4
 
-_SWITCH_S: Final = 0.0005
-"""How long a thread may keep the GIL from others while a drain goes on. With CPython's 5 ms a drain
-beside 7 threads that compute ended up to 21 ms after the last request."""
+SWITCH_S: Final = 0.0005
+"""How long a thread may keep the GIL from others: while a drain goes on, and always in a server.
+With CPython's 5 ms a drain beside 7 threads that compute ended up to 21 ms after the last request,
+and a request beside a snapshot took up to 5 ms."""
 
 
 class Record:
@@ -112,8 +113,8 @@ class Gate:
         visited = [(record, threading.Event()) for record in self._living()]
         interval = sys.getswitchinterval()
         try:
-            if interval > _SWITCH_S:
-                sys.setswitchinterval(_SWITCH_S)
+            if interval > SWITCH_S:
+                sys.setswitchinterval(SWITCH_S)
             for record, meeting in visited:
                 record.meeting = meeting
             kick()
@@ -123,7 +124,7 @@ class Gate:
         finally:
             for record, _ in visited:
                 record.meeting = None
-            if interval > _SWITCH_S:
+            if interval > SWITCH_S:
                 sys.setswitchinterval(interval)
 
     def inside(self) -> list[str]:

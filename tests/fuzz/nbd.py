@@ -226,6 +226,9 @@ class Socket:
     def shutdown(self, _how: int) -> None:
         self._transport.cut = True
 
+    def dup(self) -> None:
+        raise OSError(errno.EMFILE, "the connection goes on with the transport")
+
 
 class Transport:
     """What asyncio's transport of a socket does, with a peer that reads when it is told to."""

@@ -1,8 +1,9 @@
 """One client of the NBD server, from its handshake to its end.
 
-A connection is an asyncio protocol. Its bytes land in a buffer of its own; every request complete
-in it is answered, and all the replies leave in one write. That, and doing nothing per request that
-can be done per batch, is where the speed comes from.
+A connection is an asyncio protocol, on a transport of asyncio's while it negotiates and with TLS,
+and else on a `Stream`. Its bytes land in a buffer that all connections share; every request that is
+complete there is answered, and all the replies leave in one write. That, and doing nothing per
+request that can be done per batch, is where the speed comes from.
 
     negotiating --GO--> serving --DISC, EOF--> ending --nothing in flight--> gone
 
@@ -38,6 +39,7 @@ import asyncio
 import logging
 import socket
 import struct
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -48,6 +50,7 @@ from zramd.nbd import transmission
 from zramd.nbd.address import address_of
 from zramd.nbd.negotiation import Negotiation, State
 from zramd.nbd.replies import SIMPLE, Reply, Simple
+from zramd.nbd.stream import Stream, take_over
 from zramd.nbd.transmission import INLINE, Receiver, Request, answer
 from zramd.nbd.wire import (
     NBD_CMD_BLOCK_STATUS,
@@ -236,6 +239,9 @@ class Connection(asyncio.BufferedProtocol):
             _log.debug("handshake ended: %s", negotiation.reason)
             self._begin_ending()
             return
+        if not self._secure:
+            self._transport = take_over(self._transport, self)
+            self._transport.set_write_buffer_limits(high=_BATCH)
         self._form, self._contexts = negotiation.form, negotiation.contexts
         self._receiver = Receiver(
             negotiation.export.size,
@@ -307,10 +313,8 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 more = False
         receiver.keep()
-        if replies and not self._transport.is_closing():
-            # Not writelines: in Python 3.12 and 3.13 it forgets flow control (gh-127655), and that
-            # the connection may be lost (gh-136234).
-            self._transport.write(b"".join(replies))
+        if replies:
+            self._send(replies)
         if receiver.ended:
             if receiver.violation:
                 self._server.drops(_peer(self._transport), receiver.violation)
@@ -321,6 +325,15 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.pause_reading()
             else:
                 self._transport.resume_reading()
+
+    def _send(self, parts: Sequence[bytes]) -> None:
+        transport = self._transport
+        if isinstance(transport, Stream):
+            transport.send(parts)
+        elif not transport.is_closing():
+            # Not writelines: in Python 3.12 and 3.13 it forgets flow control (gh-127655), and that
+            # the connection may be lost (gh-136234).
+            transport.write(b"".join(parts))
 
     def _take_turn(self) -> None:
         self._turn_due = False
@@ -348,9 +361,7 @@ class Connection(asyncio.BufferedProtocol):
     def _worked(self, held: int, reply: Reply) -> None:
         self._in_flight -= 1
         self._in_flight_bytes -= held
-        if not self._transport.is_closing():
-            for part in reply:  # one by one: joining them would copy what is long
-                self._transport.write(memoryview(part))
+        self._send(reply)
         if self._ending:
             self._finish_if_idle()
         elif not self._reading and not self._turn_due:
@@ -440,8 +451,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _answer_gathered(self) -> None:
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
-        if gathered and not self._transport.is_closing():
-            self._transport.write(b"".join(gathered))
+        if gathered:
+            self._send(gathered)
 
     def abort(self) -> None:
         """Gives up on the peer. The Opener still outlives the last request that uses it."""

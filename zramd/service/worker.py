@@ -38,6 +38,7 @@ from zramd import heap, sizes
 from zramd.control.server import ControlServer
 from zramd.device import Settings, Zram
 from zramd.errors import BadArena, BadValue, NotHardened, ServerFailed, ZramdError
+from zramd.gate import SWITCH_S
 from zramd.nbd import stdio as nbd_stdio
 from zramd.nbd.address import Address, UnixAddress, address_of
 from zramd.nbd.server import THREADS, Server
@@ -90,7 +91,8 @@ def build(
     Raises BadValue, NoMemory, BadArena, DeviceBusy; NotHardened for swap, unless the configuration
     allows it.
     """
-    heap.use_one_arena()
+    heap.settle()
+    sys.setswitchinterval(SWITCH_S)
     missing = []
     if config.use:
         missing = (hardening.prepare() if link is None else link.missing) + hardening.lock()
