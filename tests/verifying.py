@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,14 @@ from zramd.nbd.address import UnixAddress
 from zramd.nbd.wire import NBD_CMD_TRIM, NBD_CMD_WRITE
 from zramd.service.runtime import Paths
 from zramd.store import PAGE
+from zramd.store.table import SLOTS_PER_TABLE_PAGE
 
 ROOT = Path(__file__).parents[1]
-CLIENTS = 3
-REGION = 96  # pages of a client; 512 share a table page, so clients share slot locks and spans
+REGION = 96  # pages of a client
+FIRSTS = (0, REGION, 2 * REGION, SLOTS_PER_TABLE_PAGE)
+"""The first page of each client's: some share a table page, so slot locks, and all share spans."""
+CLEARS = 1 / 16
+"""How often a client discards its whole region, and the last one its table page."""
 DEADLINE_S = 30
 ZEROS = bytes(PAGE)
 
@@ -37,16 +41,16 @@ ZEROS = bytes(PAGE)
 class Client(threading.Thread):
     """Writes to pages of its own, with up to 8 requests under way, and knows what each may hold."""
 
-    def __init__(self, path: Path, number: int, ended: threading.Event) -> None:
-        super().__init__(name=f"client {number}")
-        self.first = number * REGION
+    def __init__(self, path: Path, first: int, ended: threading.Event) -> None:
+        super().__init__(name=f"client of page {first}")
+        self.first = first
         self.may_hold: list[list[bytes]] = [[ZEROS] for _ in range(REGION)]
         self.fault: BaseException | None = None
         self.answered = 0
         self.lost = 0
         self._path = path
         self._ended = ended
-        self._random = random.Random(number)
+        self._random = random.Random(first)
 
     def run(self) -> None:
         try:
@@ -76,19 +80,14 @@ class Client(threading.Thread):
 
     def batch(self, client: RawClient) -> None:
         """Some requests at once, no two for one page, and then their answers, in any order."""
-        pages = self._random.sample(range(REGION // 4), 8)
         under_way = {}
         message = b""
-        for cookie, quarter in enumerate(pages):
-            count = self._random.randint(1, 4)
-            page = quarter * 4
-            new = [self.content() for _ in range(count)]
-            place = (self.first + page) * PAGE, count * PAGE
-            if self._random.random() < 0.15:
-                new = [ZEROS] * count
-                message += request(NBD_CMD_TRIM, *place, cookie=cookie)
-            else:
+        for cookie, (page, new) in enumerate(self.changes()):
+            place = (self.first + page) * PAGE, len(new) * PAGE
+            if any(content is not ZEROS for content in new):
                 message += request(NBD_CMD_WRITE, *place, cookie=cookie) + b"".join(new)
+            else:
+                message += request(NBD_CMD_TRIM, *place, cookie=cookie)
             for at, content in enumerate(new, page):
                 self.may_hold[at].append(content)
             under_way[cookie] = page, new
@@ -100,6 +99,16 @@ class Client(threading.Thread):
             for at, content in enumerate(new, page):
                 self.may_hold[at] = [content]
             self.answered += 1
+
+    def changes(self) -> Iterator[tuple[int, list[bytes]]]:
+        """Pages and what comes to stand there from each on; ZEROS alone are discarded."""
+        if self._random.random() < CLEARS:
+            yield 0, [ZEROS] * REGION
+            return
+        for quarter in self._random.sample(range(REGION // 4), 8):
+            count = self._random.randint(1, 4)
+            is_discard = self._random.random() < 0.15
+            yield quarter * 4, [ZEROS if is_discard else self.content() for _ in range(count)]
 
     def content(self) -> bytes:
         seed = self._random.getrandbits(32)
@@ -139,20 +148,29 @@ class Served:
     log: Path
 
     def must_be_right(self) -> None:
-        assert all(client.fault is None for client in self.clients)
+        for client in self.clients:
+            if client.fault is not None:
+                raise client.fault
 
 
 @contextmanager
-def clients_of(name: str, *options: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """Clients at work on `zramd serve NAME OPTIONS`, which never tires of workers that die. In the
-    end they all work once more, and then nothing has been lost."""
+def clients_of(
+    name: str,
+    *options: str,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str = "tests.unlimited",
+    before: Callable[[Paths], None] = lambda _: None,
+) -> Iterator[Served]:
+    """Clients at work on `zramd serve NAME OPTIONS`, which never tires of workers that die; with
+    something done to it before they come. In the end they all work once more, and then nothing has
+    been lost."""
     with places.place(places.RUNTIME) as runtime:
         monkeypatch.setenv("ZRAMD_RUNTIME_DIR", str(runtime))
         paths, log = Paths(name), runtime / "stderr"
         with log.open("wb") as stderr:
             server = subprocess.Popen(
                 [
-                    *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "tests.unlimited"),
+                    *("setpriv", "--pdeathsig", "KILL", sys.executable, "-m", module),
                     *("serve", name, "--disksize=16M", *options),
                 ],
                 cwd=ROOT,
@@ -160,12 +178,13 @@ def clients_of(name: str, *options: str, monkeypatch: pytest.MonkeyPatch) -> Ite
                 stderr=stderr,
             )
         ended = threading.Event()
-        clients = [Client(paths.nbd_socket, number, ended) for number in range(CLIENTS)]
+        clients = [Client(paths.nbd_socket, first, ended) for first in FIRSTS]
         served = Served(paths, server.pid, clients, log)
         try:
             while "is served on" not in log.read_text():
                 assert server.poll() is None
                 time.sleep(0.01)
+            before(paths)
             for client in clients:
                 client.start()
             yield served

@@ -119,7 +119,7 @@ def server(process):
 def another(server: Served):
     """A client that works meanwhile, and is answered rightly, again and again."""
     ended = threading.Event()
-    client = Client(server.paths.nbd_socket, 3, ended)
+    client = Client(server.paths.nbd_socket, 3 * REGION, ended)
     with RawClient(server.address) as first:
         assert first.error(request(NBD_CMD_TRIM, 3 * REGION * PAGE, REGION * PAGE)) == 0
     client.start()
