@@ -1,6 +1,7 @@
 """A server whose worker dies goes on with the same pages; seen from outside, over its sockets."""
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from zramd.cli import upgrade
 from zramd.device import Zram
 from zramd.errors import BadValue, DeviceBusy, NoServer, ServerFailed, ZramdError
 from zramd.nbd.address import TcpAddress, UnixAddress
-from zramd.nbd.wire import NBD_CMD_TRIM
+from zramd.nbd.wire import NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE
 from zramd.statistics import Statistics
 from zramd.store import PAGE
 
@@ -266,6 +267,47 @@ def test_what_is_kept_without_a_worker_can_be_saved_and_restored(start, tmp_path
     restored = start(f"--restore={file}")
     check(restored)
     assert restored.end() == 0
+
+
+def test_a_lost_page_is_named_in_the_log_and_an_io_error_until_it_is_written_as_a_whole(start):
+    server = start()
+    write(server)
+    spoil(server, page=1)
+    server.kill_worker()
+    lost = "page 1 of s0 is lost: reading it is an I/O error"
+    wait_for(lambda: server.said(lost))
+    assert server.said("is lost") == 1
+    with server.client() as client:
+        for asked in (request(NBD_CMD_READ, PAGE, PAGE), request(NBD_CMD_READ, 0, 4 * PAGE)):
+            assert client.error(asked) == errno.EIO
+        part = request(NBD_CMD_WRITE, PAGE + 1, 4) + b"part"
+        assert client.error(part) == errno.EIO
+        for page, content in CONTENTS.items():
+            if page != 1:
+                assert client.read(page * PAGE, PAGE) == content
+    server.kill_worker()  # it stays lost, and is named again
+    wait_for(lambda: server.said(lost) == 2)
+    with server.client() as client:
+        assert client.error(request(NBD_CMD_READ, PAGE, PAGE)) == errno.EIO
+        client.write(PAGE, CONTENTS[1])
+    check(server)
+    server.kill_worker()
+    check(server)
+    assert server.end() == 0
+    assert server.said("is lost") == 2
+
+
+def spoil(server: Server, page: int) -> None:
+    """Have the slot's word name what is no object, in the arena that the supervisor keeps."""
+    for entry in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        if os.readlink(entry).startswith("/memfd:zramd-arena"):
+            with entry.open("r+b") as arena:
+                arena.seek(PAGE + page * 8)
+                assert arena.read(8) != bytes(8)
+                arena.seek(-8, os.SEEK_CUR)
+                arena.write(b"\0" + b"\xff" * 7)
+            return
+    raise AssertionError("the supervisor has no arena")
 
 
 def test_a_worker_that_fails_when_it_has_taken_over_leaves_the_pages_to_the_next(start, tmp_path):
