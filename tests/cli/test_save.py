@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import pty
 import random
+import re
 import signal
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -165,6 +169,39 @@ def test_what_fails_midway_replaces_nothing_and_leaves_nothing(a_file_system):
         fail()
     assert os.listdir(a_file_system) == ["snapshot"]
     assert (a_file_system / "snapshot").read_bytes() == b"a good one"
+
+
+SLOW = """from zramd.cli import main
+from zramd.store import saving
+saving._TURN_S, saving._REST_S = 0.0, 0.4
+main()"""
+
+
+def test_a_terminal_shows_how_far_a_save_is(zramd, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(zramd, "argv", lambda *arguments: [sys.executable, "-c", SLOW, *arguments])
+        zramd.serve("zram0")
+    write(zramd, b"".join(map(noise, range(600))))
+    terminal, theirs = pty.openpty()
+    command = zramd.argv("save", "zram0", str(tmp_path / "snapshot"))
+    with (
+        open(terminal, "rb", buffering=0) as shown,
+        subprocess.Popen(command, env=zramd.environment, stdout=theirs, stderr=theirs) as saving,
+    ):
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # nobody has it open any more
+            while piece := shown.read(1000):
+                said += piece
+        assert saving.wait(DEADLINE_S) == 0
+    bar, last, _ = said.decode().split("\r\n")
+    assert "zramd: saving zram0  [" in bar
+    shares = [int(share) for share in re.findall("([0-9]+)%", bar)]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 100)
+    assert len(shares) > 2
+    assert {share // 10 for share in shares} <= {0, 4, 8, 10}  # it is written a MiB at a time
+    assert last.startswith(f"zramd: zram0 is saved in {tmp_path}/snapshot, 2.4M")
 
 
 # Restore
