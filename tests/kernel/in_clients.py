@@ -7,16 +7,21 @@ whose requests all take the first connection, as long as there is one: the other
 check of its own.
 """
 
+import errno
 import hashlib
 import json
+import mmap
+import os
 import random
 import re
 import select
+import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +33,7 @@ from tests.kernel.in_guest import (
     SERVER,
     directory,  # noqa: F401 - a fixture
     forget_cached,
+    inflight,
     kernels_log,
     nothing_is_left,
     queue,
@@ -237,6 +243,64 @@ def test_each_connection_sees_what_the_others_wrote_and_discarded(tmp_path: Path
         assert len(set(used)) == CONNECTIONS
         assert stored() == {0: 8 * PAGE, 3: SIZE - 8 * PAGE}
         assert of_another_client() == of_the_node(node)
+
+
+@pytest.mark.parametrize(
+    ("connections", "options", "ends"),
+    [
+        (1, [], "at the detach"),
+        (2, [], "at a time-out"),
+        (1, ["-t", "3"], "at a time-out"),
+        (1, ["-nonetlink"], "at once"),
+        (2, ["-nonetlink"], "at once"),
+    ],
+)
+def test_what_waits_for_a_process_that_dies_fails_sooner_or_later(
+    connections: int, options: list[str], ends: str
+) -> None:
+    """As docs/crash.md says. Of whichever server: nobody gives the kernel another connection."""
+    with servers.served(SERVER, "g0", str(SIZE)):
+        options = ["-N", "g0", "-b", "4096", "-C", str(connections), *options]
+        run("nbd-client", "-unix", str(SOCKET), NODE, *options)
+        disk = os.open(NODE, os.O_RDONLY | os.O_DIRECT)
+        timeout = Path("/sys/block/nbd0/queue/io_timeout")
+        try:
+            assert timeout.read_text() == ("3000\n" if "-t" in options else "30000\n")
+            if ends != "at once":
+                timeout.write_text("3000")
+            waiting, later = reads_around_a_death(disk, Paths("g0").worker(), connections)
+            assert later.result(10) in (errno.EIO, "nothing")  # the latter has no size any more
+            assert len(wait(waiting, 10).done) == (0 if ends == "at the detach" else 2)
+            assert ("timed out, retrying" in kernels_log()) == (ends == "at a time-out")
+        finally:
+            run("nbd-client", "-d", NODE)
+            os.close(disk)
+            timeout.write_text("30000")  # a node keeps it
+        assert [read.result(10) for read in waiting] == [errno.EIO] * 2
+        assert queue(NODE, "size") == 0
+    assert nothing_is_left()
+
+
+def reads_around_a_death(
+    disk: int, io: int, connections: int
+) -> tuple[list[Future[object]], Future[object]]:
+    """What reads give that the process which does the I/O has not answered, and a later one."""
+
+    def read(page: int) -> object:
+        try:
+            count = os.preadv(disk, [mmap.mmap(-1, PAGE)], page * PAGE)
+        except OSError as error:
+            return error.errno
+        return "data" if count else "nothing"
+
+    run("dmesg", "-C")
+    pool = ThreadPoolExecutor(3)
+    os.kill(io, signal.SIGSTOP)
+    waiting = [pool.submit(read, page) for page in (100, 200)]
+    servers.wait_for(lambda: inflight(NODE) == ["2", "0"], "both to be under way")
+    os.kill(io, signal.SIGKILL)
+    servers.wait_for(lambda: told_of_cuts() == connections, "the kernel to see it")
+    return waiting, pool.submit(read, 300)
 
 
 def test_qemu_nbd_attaches_ours_to_the_kernel(directory: Path) -> None:  # noqa: F811
