@@ -734,10 +734,8 @@ class Fault:
         self.planted = planted
 
 
-_CHARGE = (
-    "    if not self.arena.table_pages.occupied[page]:\n"
-    "        self.arena.table_pages.occupy(page)\n"
-)
+_CHARGE = "    self._prepare_locked(slot // SLOTS_PER_TABLE_PAGE)\n"
+_NOT_FILLED = ("self.arena.map[address : address + len(blob)] = blob", "pass")
 _TAKE = ("self._grown.clear()\n", "self._grown.clear()\n        before = set(self.spans)\n")
 _COPY = "memory[new : new + length] = memory[old : old + length]\n"
 _PUBLISH = "table[slot] = with_address(word, new)\n"
@@ -747,14 +745,14 @@ FAULTS = {
         "two writes that need what another frees",
         "lost",
         (
-            Pages._swap_locked,
+            Pages._swap_page_locked,
             (
-                "    self._store_locked",
-                "    self.pool.give([address_of(w) for w in olds if w and not w & INLINE])\n"
-                "    self._store_locked",
+                "    table[slot] = word",
+                "    if old and not old & INLINE: self.pool.give([address_of(old)])\n"
+                "    table[slot] = word",
             ),
         ),
-        (Pages._settle, ("self.pool.give(addresses)", "pass")),
+        (Pages._settle_page, ("self.pool.give((old >> ADDRESS_SHIFT << 4,))", "pass")),
     ),
     "a discard gives back before it empties": Fault(
         "a write, a discard of the page",
@@ -763,22 +761,44 @@ FAULTS = {
             Pages.discard,
             (
                 "olds = self._empty_locked(start, stop)",
-                "self._settle(self._words_locked(start, stop), [], 0)\n"
+                "gone = self._words_locked(start, stop)\n"
+                "            self._settle(gone, [0] * len(gone))\n"
                 "            self._empty_locked(start, stop)",
             ),
-            ("        self._settle(olds, [], 0)\n", ""),
+            ("        self._settle(olds, [0] * len(olds))\n", ""),
         ),
     ),
     "a word is published before its object's bytes": Fault(
         "two writes of a page",
         "nobody has made it",
-        (Pages._stage, ("memory[address : address + length] = blob", "pass")),
+        (Pages._fill, _NOT_FILLED),
+        (
+            Pages._write_page,
+            (
+                "self._settle_page(",
+                "if blob: self.arena.map[address : address + PAGE] = page\n    self._settle_page(",
+            ),
+        ),
+    ),
+    "words are published before their objects' bytes": Fault(
+        "a write of two pages, a write of one of them",
+        "nobody has made it",
+        (Pages._fill, _NOT_FILLED),
+        (
+            Pages._write_page,
+            (
+                "try:\n        try:\n            old =",
+                "if blob:\n"
+                "        self.arena.map[address : address + len(blob)] = blob\n"
+                "    try:\n        try:\n            old =",
+            ),
+        ),
         (
             Pages._write_pages,
             (
                 "self._settle(",
-                "at = address_of(words[0])\n"
-                "    self.arena.map[at : at + PAGE] = view\n"
+                "for address, (_, blob) in zip(taken, [e for e in encoded if e[1]]):\n"
+                "        self.arena.map[address : address + len(blob)] = blob\n"
                 "    self._settle(",
             ),
         ),
@@ -846,7 +866,7 @@ FAULTS = {
     "a table page is charged after its first word": Fault(
         "a write, a discard that empties the table page",
         "more is used",
-        (Pages._swap_locked, (_CHARGE, ""), ("    return olds", f"{_CHARGE}    return olds")),
+        (Pages._swap_page_locked, (_CHARGE, ""), ("    return old", f"{_CHARGE}    return old")),
     ),
     "a part is charged when an object of it is handed out": Fault(
         "two writes that open a span",

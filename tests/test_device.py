@@ -626,6 +626,7 @@ def opener(zram) -> Opener:
 
 REQUESTS = {
     "read": lambda opener, offset, length: opener.read(offset, length),
+    "parts": lambda opener, offset, length: opener.parts(offset, length),
     "write": lambda opener, offset, length: opener.write(offset, bytes(length)),
     "discard": lambda opener, offset, length: opener.discard(offset, length),
     "zero": lambda opener, offset, length: opener.zero(offset, length),
@@ -726,13 +727,15 @@ def test_failed_reads_and_writes_are_counted(zram, opener):
     with pytest.raises(Corrupt):
         opener.read(0, 10)
     with pytest.raises(Corrupt):
+        opener.parts(0, 10)
+    with pytest.raises(Corrupt):
         opener.write(1, b"x")
     with pytest.raises(Corrupt):
         opener.zero(1, 1)
     attributes.set(zram, "mem_limit", "4K")
     with pytest.raises(StoreFull):
         opener.write(0, noise(1))
-    assert attributes.get(zram, "io_stat").split() == ["1", "3", "0", "0"]
+    assert attributes.get(zram, "io_stat").split() == ["2", "3", "0", "0"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit])

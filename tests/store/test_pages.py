@@ -521,15 +521,15 @@ def test_a_write_that_is_compressing_holds_up_nobody_and_wins_when_it_ends_last(
 
 def test_a_page_discarded_before_its_write_was_counted_never_shows_below_zero(pages, monkeypatch):
     seen = []
-    settle = Pages._settle
+    settle = Pages._settle_page
 
-    def slow_settle(self, olds, news, huge):
-        monkeypatch.setattr(Pages, "_settle", settle)
+    def slow_settle(self, old, new):
+        monkeypatch.setattr(Pages, "_settle_page", settle)
         self.discard(0, PAGE)
         seen.append(self.snapshot())
-        settle(self, olds, news, huge)
+        settle(self, old, new)
 
-    monkeypatch.setattr(Pages, "_settle", slow_settle)
+    monkeypatch.setattr(Pages, "_settle_page", slow_settle)
     pages.write(0, noise(1))
     assert seen == [Counters()]
     assert audit(pages) == Counters(huge_since=1)
@@ -552,17 +552,123 @@ def test_an_object_is_given_back_only_when_no_slot_names_it(pages, monkeypatch):
     audit(pages)
 
 
-def test_an_object_is_filled_before_a_slot_names_it(pages, monkeypatch):
-    swap = Pages._swap_locked
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_object_is_filled_before_a_slot_names_it(pages, monkeypatch, count):
     swapped = []
 
-    def checked_swap(self, start, stop, words):
+    def check(words: list[int]) -> None:
         for word in words:
             address, length = table.address_of(word), table.length_of(word)
-            assert self.arena.map[address : address + length] == noise(1)
+            assert pages.arena.map[address : address + length] == noise(1)
             swapped.append(word)
-        return swap(self, start, stop, words)
 
-    monkeypatch.setattr(Pages, "_swap_locked", checked_swap)
-    pages.write(0, noise(1) * 3)
-    assert len(swapped) == 3
+    swap, swap_page = Pages._swap_locked, Pages._swap_page_locked
+    monkeypatch.setattr(
+        Pages, "_swap_locked", lambda self, at, words: (check(words), swap(self, at, words))[1]
+    )
+    monkeypatch.setattr(
+        Pages,
+        "_swap_page_locked",
+        lambda self, at, word: (check([word]), swap_page(self, at, word))[1],
+    )
+    pages.write(0, noise(1) * count)
+    assert len(swapped) == count
+
+
+# A page that comes alone goes another way than several
+
+KINDS = {"zeros": ZEROS, "same": filled(7), "long fill": filled(1 << 63 | 5), "huge": noise(1)}
+KINDS |= {"compressed": text(1), "empty": None}
+
+
+@pytest.mark.parametrize("new", KINDS)
+@pytest.mark.parametrize("old", KINDS)
+def test_a_page_alone_is_stored_and_counted_as_among_others(make, old, new):
+    def counted(first: int, count: int) -> Counters:
+        pages = make(slots=4)
+        for kind in (old, new):
+            page = KINDS[kind]
+            if page is None:
+                pages.discard(PAGE, PAGE)
+            else:
+                pages.write(first * PAGE, ZEROS * (1 - first) + page + ZEROS * (count - 1))
+        assert pages.read(PAGE, PAGE) == (KINDS[new] or ZEROS)
+        if count > 1:
+            pages.discard(0, PAGE)
+            pages.discard(2 * PAGE, 2 * PAGE)
+        return audit(pages)
+
+    assert counted(1, 1) == counted(0, 2)
+
+
+def test_a_page_alone_that_finds_no_room_leaves_the_old_one_and_with_nowait_does_not_look(make):
+    pages = make(limit=3 * PAGE + PART, slots=8)
+    pages.write(0, noise(1) * 4)
+    before = pages.snapshot()
+    with pytest.raises(BlockingIOError):
+        pages.write(0, noise(2), nowait=True)
+    with pytest.raises(StoreFull):
+        pages.write(0, noise(2))
+    assert pages.read(0, 4 * PAGE) == noise(1) * 4
+    assert audit(pages) == before
+    pages.discard(3 * PAGE, PAGE)
+    pages.write(0, noise(2), nowait=True)
+    assert pages.read(0, PAGE) == noise(2)
+
+
+@pytest.mark.parametrize("slot", [0, 512])
+def test_a_page_alone_whose_table_page_finds_no_room_takes_no_object(make, slot):
+    pages = make(limit=3 * PAGE + PART)
+    pages.write(0, noise(1))
+    pages.discard(0, PAGE)
+    pages.arena.limit = 2 * PAGE + PART
+    with pytest.raises(StoreFull):
+        pages.write(slot * PAGE, noise(1))
+    assert audit(pages) == Counters(huge_since=1)
+
+
+def test_an_object_of_a_page_alone_goes_back_though_its_span_is_held_or_leaving(pages):
+    pages.write(0, noise(1) * 16 + noise(1) * 15)
+    pages.discard(PAGE, 9 * PAGE)
+    pages.discard(20 * PAGE, 9 * PAGE)
+    pages.pool.begin_compaction()
+    assert pages.pool.leaving
+    for slot in range(31):
+        pages.write(slot * PAGE, noise(2))
+    pages.pool.end_compaction()
+    pages.pool.hold()
+    for slot in range(31):
+        pages.write(slot * PAGE, text(slot))
+    pages.pool.let_all_go()
+    assert [pages.read(slot * PAGE, PAGE) for slot in range(31)] == [text(n) for n in range(31)]
+    audit(pages)
+
+
+# Parts
+
+
+def test_parts_are_what_a_read_joins(pages):
+    pages.write(510 * PAGE, noise(1) + text(1) + filled(7))
+    pages.write(514 * PAGE, text(2))
+    edges = (0, 1, 2047, PAGE - 1)
+    for start in range(508, 516):
+        for head in edges:
+            for end in range(start, 516):
+                for tail in edges:
+                    offset, length = start * PAGE + head, (end - start) * PAGE + tail - head
+                    if length < 0:
+                        continue
+                    parts = pages.parts(offset, length)
+                    assert all(parts)
+                    assert b"".join(parts) == pages.read(offset, length)
+                    assert all(len(part) == PAGE for part in parts[1:-1])
+    expected = bytes(2 * PAGE) + noise(1) + text(1) + filled(7) + ZEROS + text(2)
+    for offset, length in (
+        (0, 7 * PAGE),
+        (100, PAGE),
+        (2 * PAGE, PAGE),
+        (PAGE + 9, 4 * PAGE),
+        (5, 3),
+    ):
+        found = b"".join(pages.parts(508 * PAGE + offset, length))
+        assert found == expected[offset : offset + length]
