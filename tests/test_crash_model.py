@@ -37,6 +37,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from textwrap import indent
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -734,7 +735,10 @@ class Fault:
         self.planted = planted
 
 
-_CHARGE = "    self._prepare_locked(slot // SLOTS_PER_TABLE_PAGE)\n"
+_CHARGE = (
+    "    if self._saving is not None or not self.arena.table_pages.occupied[page]:\n"
+    "        self._prepare_locked(page)\n"
+)
 _NOT_FILLED = ("self.arena.map[address : address + len(blob)] = blob", "pass")
 _TAKE = ("self._grown.clear()\n", "self._grown.clear()\n        before = set(self.spans)\n")
 _COPY = "memory[new : new + length] = memory[old : old + length]\n"
@@ -747,9 +751,9 @@ FAULTS = {
         (
             Pages._swap_page_locked,
             (
-                "    table[slot] = word",
+                "    try:\n        table[slot] = word",
                 "    if old and not old & INLINE: self.pool.give([address_of(old)])\n"
-                "    table[slot] = word",
+                "    try:\n        table[slot] = word",
             ),
         ),
         (Pages._settle_page, ("self.pool.give((old >> ADDRESS_SHIFT << 4,))", "pass")),
@@ -866,7 +870,11 @@ FAULTS = {
     "a table page is charged after its first word": Fault(
         "a write, a discard that empties the table page",
         "more is used",
-        (Pages._swap_page_locked, (_CHARGE, ""), ("    return old", f"{_CHARGE}    return old")),
+        (
+            Pages._swap_page_locked,
+            (_CHARGE, ""),
+            ("        return old", indent(_CHARGE, "    ") + "        return old"),
+        ),
     ),
     "a part is charged when an object of it is handed out": Fault(
         "two writes that open a span",

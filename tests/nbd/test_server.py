@@ -70,7 +70,7 @@ def held(monkeypatch):
 
         return waits
 
-    monkeypatch.setattr(Opener, "read", hold(Opener.read))
+    monkeypatch.setattr(Opener, "parts", hold(Opener.parts))
     monkeypatch.setattr(Opener, "discard", hold(Opener.discard))
     yield gate
     gate.set()

@@ -32,9 +32,10 @@ class Memory:
         if offset + length > len(self.data):
             raise OutOfRange("beyond the end")
 
-    def read(self, offset, length):
+    def parts(self, offset, length):
         self._check(offset, length)
-        return bytes(self.data[offset : offset + length])
+        data = bytes(self.data[offset : offset + length])
+        return [data[at : at + 100] for at in range(0, length, 100)]
 
     def write(self, offset, data, *, nowait):
         self._check(offset, len(data))

@@ -127,7 +127,7 @@ Request = tuple[Refusal | None, int, bytes, int, int, int, memoryview | None]
 class Opener(Protocol):
     """What requests are answered from: `zramd.opener.Opener`, or a stand-in."""
 
-    def read(self, offset: int, length: int) -> bytes: ...
+    def parts(self, offset: int, length: int) -> list[bytes]: ...
     def write(self, offset: int, data: memoryview, *, nowait: bool) -> None: ...
     def discard(self, offset: int, length: int) -> None: ...
     def zero(self, offset: int, length: int, *, nowait: bool) -> None: ...
@@ -321,7 +321,7 @@ def answer(
         if refusal:
             error, why = refusal
         elif command == NBD_CMD_READ:
-            return form.data(cookie, offset, opener.read(offset, length))
+            return form.data(cookie, offset, length, opener.parts(offset, length))
         else:
             if command == NBD_CMD_WRITE:
                 assert payload is not None

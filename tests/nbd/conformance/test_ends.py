@@ -61,15 +61,15 @@ def held(monkeypatch):
     """Long reads wait for this event; `.inside` tells of one."""
     gate = threading.Event()
     gate.inside = False
-    read = Opener.read
+    parts = Opener.parts
 
     def waits(self, offset, length):
         if length >= LONG:
             gate.inside = True
             gate.wait()
-        return read(self, offset, length)
+        return parts(self, offset, length)
 
-    monkeypatch.setattr(Opener, "read", waits)
+    monkeypatch.setattr(Opener, "parts", waits)
     yield gate
     gate.set()
 
@@ -153,7 +153,7 @@ def test_a_device_that_is_reset_answers_eio_and_ends(serve, held, mode):
 def test_a_fault_of_the_servers_is_eio_and_costs_no_connection(small, monkeypatch, mode):
     with Peer(small.path).enter(mode) as peer:
         with monkeypatch.context() as broken:
-            broken.setattr(Opener, "read", lambda *_: 1 / 0)
+            broken.setattr(Opener, "parts", lambda *_: 1 / 0)
             assert peer.do(Request(READ, 0, 1)) == EIO
             assert peer.do(Request(READ, 0, LONG)) == EIO
         assert peer.do(Request(READ, 0, 1)) != EIO
