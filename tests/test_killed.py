@@ -65,7 +65,7 @@ def test_no_page_is_lost_or_wrong_at_whatever_store_the_worker_is_killed(
             *("k0", *options), monkeypatch=monkeypatch, module="tests.stepping", before=make_it_anew
         ) as served:
             made = len(deaths())
-            while len(deaths()) < made + KILLS // 3:
+            while len(deaths()) < made + max(KILLS // 3, 16):  # two turns of each kind
                 changed(served.paths, "compact", "1")
                 served.must_be_right()
                 time.sleep(0.02)
