@@ -8,16 +8,18 @@ import mmap
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.kernel.loads import end, goes_on, start_toucher, start_verifier
 from tests.kernel.servers import wait_for
 from zramd.kernel import state
 from zramd.nbd.client import negotiate
@@ -27,8 +29,8 @@ MIB = 1 << 20
 SWAP = ("dev-nbd0.swap", "zramd-attach@swap0.service", "zramd@swap0.service")
 FILES = ("srv-files.mount", "zramd-attach@files.service", "zramd@files.service")
 MADV_PAGEOUT = 21
-UPGRADES = 5
-"""Of each of the two."""
+UPGRADES = int(os.environ.get("ZRAMD_TEST_UPGRADES", "30"))
+"""Of the two together."""
 
 
 def systemctl(*arguments: str, status: int | None = 0) -> str:
@@ -174,28 +176,66 @@ def test_a_worker_that_dies_is_replaced_and_nobody_notices(name: str) -> None:
     assert "I/O error" not in told
 
 
+@pytest.fixture
+def start_loads() -> Iterator[Callable[[], list[subprocess.Popen[str]]]]:
+    """To have swap and the file system in use without a pause."""
+    loads: list[subprocess.Popen[str]] = []
+    directory = Path("/srv/files/load")
+
+    def start() -> list[subprocess.Popen[str]]:
+        directory.mkdir()
+        loads.append(start_toucher())
+        loads.append(start_verifier(directory))
+        return loads
+
+    yield start
+    for load in loads:
+        load.kill()
+        load.wait()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.mark.timeout(60 + 15 * UPGRADES)
 @pytest.mark.parametrize("name", ["swap0", "files"])
-def test_an_upgrade_changes_the_process_and_nobody_notices(name: str) -> None:
+def test_an_upgrade_under_load_changes_the_process_and_nobody_notices(
+    name: str, start_loads: Callable[[], list[subprocess.Popen[str]]]
+) -> None:
     unit, memory = f"zramd@{name}", Swapped(8 * MIB)
     content = random.Random(2).randbytes(4 * MIB)
     Path("/srv/files/kept").write_bytes(content)
     os.sync()
+    of_units = "show", "-p", "Id,ActiveState,InvocationID,MainPID,NRestarts", *SWAP, *FILES
+    all_units = systemctl(*of_units)
     main = main_pid(unit)
-    for _ in range(UPGRADES):
+    loads = start_loads()  # not before: what it leaves in the swap cache, `Swapped` would wait for
+    for _ in range(UPGRADES // 2):
+        goes_on("/dev/nbd0", 20)
+        goes_on("/dev/nbd1", 100)
         before = worker(name)
         subprocess.run(["zramd", "upgrade", name], check=True)
-        Path("/proc/sys/vm/drop_caches").write_text("3\n")
-        assert Path("/srv/files/kept").read_bytes() == content
-        assert (main_pid(unit), worker(name) != before) == (main, True)
+        for load in loads:
+            assert load.poll() is None, load.communicate()[0]
+        assert swaps() == {"/dev/nbd0": 100}
+        assert os.path.ismount("/srv/files")
+        assert worker(name) != before
         is_hardened(Path("/proc", str(worker(name))))
         is_hardened(Path("/proc", str(main)))
+    goes_on("/dev/nbd0", 20)
+    goes_on("/dev/nbd1", 100)
+    for load in loads:
+        end(load)
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    assert Path("/srv/files/kept").read_bytes() == content
     assert memory.comes_back()
     os.kill(worker(name), signal.SIGKILL)
     assert Swapped(8 * MIB).comes_back()
+    assert systemctl(*of_units) == all_units
     Path("/srv/files/kept").unlink()
-    os.sync()
+    systemctl("stop", FILES[0])
+    subprocess.run(["fsck.ext4", "-fn", "/dev/nbd1"], check=True)
+    systemctl("start", FILES[0])
     told = subprocess.run(["dmesg"], check=True, capture_output=True, text=True).stdout
-    assert "I/O error" not in told
+    assert re.findall(r".*(?:I/O error|EXT4-fs error|error on swap-device).*", told) == []
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ One boot runs every check of in_systemd.py, then powers off with the swap and th
 use; here each check is a test of its own, and the console tells of the shutdown.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,9 +17,11 @@ from tests.conftest import require
 from tests.kernel import systemd_root
 from tests.kernel.servers import zramd
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(640)]
+_UPGRADES = int(os.environ.get("ZRAMD_TEST_UPGRADES", "30"))
+_LIMIT_S = 420 + 15 * _UPGRADES
 
-_LIMIT_S = 420
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(_LIMIT_S + 220)]
+
 _SHUTDOWN_S = 30
 _CHECKS = re.findall(
     r"^def (test_\w+)", Path(__file__).with_name("in_systemd.py").read_text(), re.MULTILINE
@@ -47,11 +50,12 @@ mount_point = "/srv/files"
 node = "/dev/nbd1"
 """,
     "vm.toml": 'disksize = "16M"\n',
-    "checks.service": """
+    "checks.service": f"""
 [Service]
 Type=exec
 WorkingDirectory=/opt/zramd
 Environment=PYTHONPATH=/opt/zramd PYTHONDONTWRITEBYTECODE=1 CI=true
+Environment=ZRAMD_TEST_UPGRADES={_UPGRADES}
 ExecStart=/bin/sh /mnt/checks
 SuccessExitStatus=SIGTERM
 [Install]
