@@ -374,6 +374,7 @@ def test_a_recovery_that_is_killed_can_be_repeated_and_reports_the_same():
     "request_",
     [
         lambda pages: pages.write(0, noise(7) * 9),
+        lambda pages: pages.write(0, noise(7)),
         lambda pages: pages.discard(0, 9 * PAGE),
         lambda pages: pages.write(PAGE + 1, b"part"),
     ],
