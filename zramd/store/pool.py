@@ -309,7 +309,7 @@ class Pool:
 
     def _give_locked(self, addresses: Iterable[int]) -> None:
         spans, base = self.spans, self._arena.spans_at
-        count = self._free
+        count, opened = self._free, self._open
         for address in addresses:
             span = spans[(address - base) // SPAN]
             free = span.free
@@ -319,6 +319,9 @@ class Pool:
                 self._release_locked(span)
             elif len(free) == 1 and address >> NUMBER_SHIFT not in self.leaving:
                 self._partial[span.cls].setdefault(span.index, span)
+                # Where all spans are full an overwrite would look for this one: 2 us of a write.
+                if not opened[span.cls]:
+                    opened[span.cls] = free
 
     def _release_locked(self, span: Span) -> None:
         if self._open[span.cls] is span.free:
