@@ -53,6 +53,7 @@ class Stream(asyncio.Transport):
         super().__init__({"socket": sock, "peername": peername})
         self._loop = loop
         self._sock = sock
+        self._fd = sock.fileno()  # a selector that is asked for a socket writes its name down first
         self._protocol = protocol
         self._reading = False
         self._closing = self._lost = False
@@ -75,12 +76,12 @@ class Stream(asyncio.Transport):
     def pause_reading(self) -> None:
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self._sock)
+            self._loop.remove_reader(self._fd)
 
     def resume_reading(self) -> None:
         if not self._reading and not self._closing:
             self._reading = True
-            self._loop.add_reader(self._sock, self._readable)
+            self._loop.add_reader(self._fd, self._readable)
 
     def _readable(self) -> None:
         alone, Stream._latest = Stream._latest is self, self
@@ -166,7 +167,7 @@ class Stream(asyncio.Transport):
                 return
             if sent == size:
                 return
-            self._loop.add_writer(self._sock, self._writable)
+            self._loop.add_writer(self._fd, self._writable)
         self._unsent += parts
         self._unsent_bytes += size
         self._forget(sent)
@@ -183,7 +184,7 @@ class Stream(asyncio.Transport):
             self._lose(error)
             return
         if not self._unsent:
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._fd)
             if self._closing:
                 self._lose(None)
                 return
@@ -223,7 +224,7 @@ class Stream(asyncio.Transport):
         self.pause_reading()
         self._closing = self._lost = True
         if self._unsent:
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._fd)
             self._unsent.clear()
             self._unsent_bytes = 0
         if Stream._latest is self:
