@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -413,15 +414,13 @@ def test_a_server_for_swap_is_hardened_in_all_its_threads_and_up_swaps_on_it() -
     assert nothing_is_left()
 
 
-def start_fio(
-    node: str, *options: str, depth: int = 16, seconds: int = 1000
-) -> subprocess.Popen[str]:
+def start_fio(node: str, *options: str, depth: int = 16) -> subprocess.Popen[str]:
     """fio with `depth` requests at a time on the node; returns when it is well under way."""
     fio = subprocess.Popen(
         [
             *("fio", "--name=load", f"--filename={node}", "--rw=randrw", "--bs=4k", "--size=64M"),
             *("--ioengine=libaio", "--direct=1", f"--iodepth={depth}", "--thread"),
-            *("--time_based", f"--runtime={seconds}", *options),
+            *("--time_based", "--runtime=1000", *options),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -457,8 +456,10 @@ def test_a_forced_reset_under_load_that_ignores_errors_lets_it_come_to_its_end(
 ) -> None:
     node = device.attach()
     # As many as nbd takes at once: for each that fails another comes while the rest still wait.
-    fio = start_fio(node, "--continue_on_error=all", depth=128, seconds=8)
+    fio = start_fio(node, "--continue_on_error=all", depth=128)
     zramd("reset", device.name, "--force")
+    time.sleep(3)
+    fio.send_signal(signal.SIGINT)  # it ends when all that it has asked for is answered
     _status, said = servers.end_of(fio)
     # The first may be of what was on its way, or of who finds that the node has no size any more.
     errors = re.search(r"errors +: total=(\d+), first_error=(?:5|28)/", said)
