@@ -20,20 +20,12 @@ _M_ARENA_MAX: Final = -8
 _libc = ctypes.CDLL(None)
 
 
-def settle() -> None:
-    """Make malloc's way of keeping things ours. To be called before there are threads.
-
-    All threads share one heap: of the others malloc_trim gives back what is free in their middle,
-    but not their top. They compress and decompress outside of malloc, so what it costs them drowned
-    in the noise (docs/performance.md).
-
-    A little of what is free stays: else the buffers of each request of 128 KiB come from the system
-    and go back, page by page, a fifth of a bulk read's time.
-    """
+def use_one_arena() -> None:
+    """Have all threads share one heap: of the others malloc_trim gives back what is free in their
+    middle, but not their top. To be called before there are threads. They compress and decompress
+    outside of malloc, so what it costs them drowned in the noise (docs/performance.md)."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, 1)
-        _libc.mallopt(_M_MMAP_THRESHOLD, _KEPT // 2)
-        _libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def trim() -> None:
@@ -60,7 +52,6 @@ def keep(size: int) -> None:
     _pins[:] = objects[:: _ARENA // 2 // (_SMALL + 36)]
 
 
-_KEPT: Final = 4 << 20
 _NEVER: Final = 1 << 30
 _SMALL: Final = 460
 _ARENA: Final = 1 << 20

@@ -91,7 +91,7 @@ def build(
     Raises BadValue, NoMemory, BadArena, DeviceBusy; NotHardened for swap, unless the configuration
     allows it.
     """
-    heap.settle()
+    heap.use_one_arena()
     sys.setswitchinterval(SWITCH_S)
     missing = []
     if config.use:
