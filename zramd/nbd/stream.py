@@ -157,9 +157,7 @@ class Stream(asyncio.Transport):
         sent = 0
         if not self._unsent:
             try:
-                sent = self._sock.sendmsg(
-                    parts if len(parts) < _MOST_PARTS else parts[:_MOST_PARTS]
-                )
+                sent = self._sock.sendmsg(parts[:_MOST_PARTS])
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as error:
