@@ -75,13 +75,18 @@ def test_its_memory_is_locked_and_its_class_is_real_time(server):
 
 
 def test_its_requests_ask_the_system_for_no_memory_and_no_thread(server):
+    start = faults(server)
     with RawClient(UnixAddress(Paths("h0").nbd_socket)) as client:
-        work(client)  # a connection has a buffer, and under nbdkit a thread, and this is the first
+        # It copies what it shares with the supervisor and writes to, some of it only by and by:
+        # 263 to 279 pages of the first 400 requests, 60 of 1600 more, and then none.
+        for _ in range(6):
+            work(client)
         before, had = faults(server), threads(server)
+        assert before - start < 512
         for _ in range(4):
             work(client)
         assert threads(server) == had
-        assert faults(server) - before < 64  # of 1500 requests and 65 MiB
+        assert faults(server) - before < 32  # of 1500 requests and 65 MiB
 
 
 def test_what_it_preallocates_is_said_and_kept(server):
