@@ -269,6 +269,19 @@ def test_what_waits_for_clients_that_do_not_read_is_bounded(server):
         assert client.error(request(NBD_CMD_TRIM, 16 * MIB, 32 * MIB)) == 0
 
 
+def test_what_is_announced_and_does_not_come_takes_no_memory(server):
+    """Nor the time to fill it: 28 bytes stopped all others for 20 ms, when that was done."""
+    before = server.held().resident
+    announced = request(NBD_CMD_WRITE, 0, 32 * MIB)
+    clients = [half_open(server.paths.nbd_socket, HELLO + announced) for _ in range(40)]
+    with another(server):
+        wait_for(lambda: server.openers() >= len(clients))
+        wait_for(lambda: cpu_share(server.worker, 0.2) < 1)
+        assert server.held().resident - before < SLACK
+    for sock in clients:
+        sock.close()
+
+
 def test_replies_to_tiny_requests_are_bounded_too(server):
     """A client that floods with requests of no length and reads nothing is not read from."""
     before = server.held().resident

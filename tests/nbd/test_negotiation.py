@@ -167,6 +167,14 @@ STRUCTURED_REPLY = option(8)
 GO = option(wire.NBD_OPT_GO, wire.pack_go("zram0"))
 
 
+def test_the_text_of_an_error_is_cut_at_the_end_of_a_character(converse):
+    exports = OneExport()
+    exports.trouble = BadValue("a" + "é" * 4096)
+    _, sent = converse(FIXED + option(wire.NBD_OPT_GO, wire.pack_go("zram0")), exports)
+    ((_, _, text),) = replies(sent)
+    assert text.decode() == "a" + "é" * 2047
+
+
 def secured(before=b"", **options):
     negotiation = Negotiation(OneExport(), tls_offered=True, **options)
     negotiation.receive(FIXED + before)

@@ -1,5 +1,6 @@
 """TLS: what is made of files, and what a client meets that uses it, or tries to get round it."""
 
+import gc
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -564,6 +566,26 @@ def test_who_does_not_read_what_comes_through_tls_is_not_read_from_either(serve,
         began = time.monotonic()
         server.zram.reset(force=True)
         assert time.monotonic() - began < 5
+
+
+def test_nothing_stays_of_who_leaves_with_answers_unread(serve, certificates):
+    """Without a collection of garbage, which a hardened process does not make."""
+    address = serve()
+    server = serve.started[0].server
+    gc.disable()
+    try:
+        with secure(address, trusting(certificates / "anonymous")) as client:
+            go(client)
+            wait_for(lambda: serve.started[0].ask(lambda: server.serving))
+            (greedy,) = server.serving
+            protocol = weakref.ref(greedy._transport._ssl_protocol)  # it has what is unsent
+            del greedy
+            client.send(request(NBD_CMD_READ, 0, 8 * MIB) * 4)
+            wait_for(lambda: protocol()._get_write_buffer_size() > 0)
+        wait_for(lambda: not server.live)
+        wait_for(lambda: protocol() is None)
+    finally:
+        gc.enable()
 
 
 def test_a_server_does_not_wait_for_an_idle_client_to_end_tls(serve, certificates):

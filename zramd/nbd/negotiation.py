@@ -12,7 +12,7 @@ Promises:
    one with NBD_REP_ERR_UNSUP. The only exceptions are the specification's: EXPORT_NAME cannot
    report errors, and a peer that breaks the framing (magic, flags, absurd lengths) is dropped.
 2. Bounded: at most MAX_OPTIONS options of MAX_OPTION_LENGTH bytes, of which at most MAX_KEPT are
-   ever held. The time is the caller's to bound.
+   ever held. The time until it is done is the caller's to bound; an option takes microseconds.
 3. Once TRANSMITTING, `trailing` is what the client sent ahead; nothing of it was looked at.
 4. What was said before TLS counts for nothing after it; and nobody can have slipped in, before the
    TLS handshake, what would be taken for the client's afterwards: such a connection is dropped.
@@ -31,7 +31,7 @@ from zramd.errors import ZramdError
 from zramd.nbd import wire
 from zramd.nbd.contexts import CONTEXTS, listed
 from zramd.nbd.replies import EXTENDED, SIMPLE, STRUCTURED, Simple
-from zramd.nbd.wire import ExportInfo, Malformed
+from zramd.nbd.wire import ExportInfo, Malformed, TooBig
 
 MAX_OPTIONS = 32  # as nbdkit (server/protocol-handshake-newstyle.c, MAX_NR_OPTIONS)
 MAX_OPTION_LENGTH = 32 << 20  # as qemu (nbd/server.c, NBD_MAX_BUFFER_SIZE)
@@ -188,6 +188,8 @@ class Negotiation:
             return handler(self, option, data or b"")
         except Malformed as error:
             return self._refuse(option, wire.NBD_REP_ERR_INVALID, str(error))
+        except TooBig as error:
+            return self._refuse(option, wire.NBD_REP_ERR_TOO_BIG, str(error))
         except ZramdError as error:
             return self._refuse(option, wire.NBD_REP_ERR_UNKNOWN, str(error))
 
@@ -303,7 +305,7 @@ class Negotiation:
 
     @staticmethod
     def _refuse(option: int, error: int, why: str) -> bytes:
-        return wire.pack_option_reply(option, error, why.encode()[: wire.NBD_MAX_STRING])
+        return wire.pack_option_reply(option, error, wire.encoded(why))
 
     def _drop(self, reason: str) -> bytes:
         self.state, self.reason = State.ENDED, reason

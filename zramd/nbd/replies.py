@@ -19,7 +19,6 @@ from zramd.nbd.wire import (
     EXTENDED_REQUEST,
     NBD_EXTENDED_REPLY_MAGIC,
     NBD_EXTENDED_REQUEST_MAGIC,
-    NBD_MAX_STRING,
     NBD_REPLY_FLAG_DONE,
     NBD_REPLY_TYPE_BLOCK_STATUS,
     NBD_REPLY_TYPE_BLOCK_STATUS_EXT,
@@ -41,6 +40,7 @@ from zramd.nbd.wire import (
     STATUS,
     STATUS_EXT,
     STRUCTURED_REPLY,
+    encoded,
 )
 
 Reply = tuple[bytes, ...]
@@ -152,5 +152,5 @@ def _zero(data: bytes) -> bool:
 
 
 def _packed_error(error: int, why: str) -> bytes:
-    message = why.encode()[:NBD_MAX_STRING].decode(errors="ignore").encode()  # at a character's end
+    message = encoded(why)
     return REPLY_ERROR.pack(error, len(message)) + message

@@ -150,7 +150,7 @@ class Stream(asyncio.Transport):
         return self._unsent_bytes
 
     def send(self, parts: Sequence[bytes]) -> None:
-        """All of them, in this order; nothing once this is closing."""
+        """All of them, in this order, none empty; nothing once this is closing."""
         if self._closing:
             return
         size = sum(map(len, parts))

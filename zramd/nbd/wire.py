@@ -163,8 +163,17 @@ def nbd_error(number: int) -> int:
 # Messages
 
 
+MOST_QUERIES: Final = 64
+"""For metadata contexts, in one option; clients send as many as they want contexts. An option of
+64 KiB has room for 16,000, which take 8 ms."""
+
+
 class Malformed(Exception):
     """A message whose inner lengths or encoding are wrong; the text says which, for the peer."""
+
+
+class TooBig(Exception):
+    """A message that is well formed, so far, and asks for too much; the text says for what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,12 +238,14 @@ def parse_name(raw: bytes) -> str:
 
 def parse_contexts(data: bytes) -> tuple[str, list[str]]:
     """Export name and queries of NBD_OPT_LIST_META_CONTEXT or NBD_OPT_SET_META_CONTEXT. Raises
-    Malformed."""
+    Malformed, TooBig."""
     name, rest = _parse_string(memoryview(data))  # whose slices cost nothing
     if len(rest) < _U32.size:
         raise Malformed("the option ends before the number of its queries")
     (count,) = _U32.unpack_from(rest)
     rest = rest[_U32.size :]
+    if MOST_QUERIES < count <= len(rest) // _U32.size:
+        raise TooBig(f"at most {MOST_QUERIES} queries")
     queries: list[str] = []
     while rest and len(queries) < count:
         query, rest = _parse_string(rest)
@@ -253,6 +264,11 @@ def _parse_string(data: memoryview) -> tuple[memoryview, memoryview]:
     if end > len(data):
         raise Malformed("a string is longer than the option")
     return data[_U32.size : end], data[end:]
+
+
+def encoded(text: str) -> bytes:
+    """What a message may have of it: NBD_MAX_STRING bytes, to the end of a character."""
+    return text.encode()[:NBD_MAX_STRING].decode(errors="ignore").encode()
 
 
 def pack_context(identifier: int, name: str) -> bytes:
