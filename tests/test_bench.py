@@ -80,6 +80,26 @@ def test_a_quick_run_has_every_kind_of_row_and_leaves_nothing(tmp_path):
     assert (tmp_path / "charts/bulk.svg").read_text().count("<svg") == 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ("--only=(", "'(' is no regular expression"),
+        ("--rounds=0", "'0' is not a number from 1 on"),
+        ("--rounds=-2", "'-2' is not a number from 1 on"),
+        ("--json=/proc", "/proc cannot be written"),
+        ("--markdown=/proc/version/x", "/proc/version cannot be written"),
+        ("--charts=/proc/version", "/proc/version cannot be written"),
+        ("--only=none such", "names no row"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_nothing_is_lost_by_it(wrong, why):
+    before = left()
+    done = subprocess.run([*BENCH, wrong], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert why in done.stderr.splitlines()[-1]
+    assert left() == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_run_that_is_ended(number):
     before = left()

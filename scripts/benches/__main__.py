@@ -7,6 +7,7 @@ report of what there is; nothing is left of it, however it ends.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -53,7 +54,7 @@ class Size:
     mib: int
     """Of the corpus that peers are filled with."""
     rounds: int
-    """Half as many again or more for what the targets compare."""
+    """Twice as many of what is measured beside other work, and of commands."""
     seconds: float
     """Of each fio job."""
     parts: tuple[int, float, int]
@@ -88,6 +89,9 @@ def main() -> int:
             "quick": options.quick,
             **run.told(),
         }
+    if not run.interrupted and not (run.results.told() or run.parts or run.failed_parts):
+        say(f"--only {options.only.pattern!r} names no row; a run of --quick names them all")
+        return 2
     pictures = []
     if options.charts:
         from scripts.benches import charts  # which needs a library that nothing else does
@@ -114,7 +118,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="each kind once, in two minutes")
     parser.add_argument(
         "--only",
-        type=re.compile,
+        type=_regex,
         default=re.compile(""),
         metavar="REGEX",
         help="only rows that this is found in, as `MEASURE: PEER` or `part: NAME`",
@@ -122,16 +126,40 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rounds to this file")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report to this")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="write SVG charts to it")
-    parser.add_argument("--rounds", type=int, help="how many at least")
+    parser.add_argument(
+        "--rounds", type=_count, help="how many of each row (else 3, and 9 of zramd's own parts)"
+    )
     # For the test of this: sizes at which figures mean nothing.
     parser.add_argument("--mib", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for path in (options.json, options.markdown):
-        if path:  # what cannot be written is said now, and not when all has been measured
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+    # What cannot be written is said now, and not when all has been measured.
+    try:
+        for path in (options.json, options.markdown):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("a").close()
+        if options.charts:
+            options.charts.mkdir(parents=True, exist_ok=True)
+            importlib.import_module("scripts.benches.charts")  # which needs a library of its own
+    except OSError as error:
+        parser.error(f"{error.filename} cannot be written: {error.strerror}")
+    except ImportError as error:
+        parser.error(f"no charts without {error.name}: pip install 'zramd[bench]'")
     return options
+
+
+def _regex(text: str) -> "re.Pattern[str]":
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _size(options: argparse.Namespace) -> Size:

@@ -36,7 +36,10 @@ from zramd.store.pool import Pool
 PATIENCE_S: Final = 1.0
 """Enough for a GiB to memory, and nobody takes a device for dead that stands still so long."""
 
-_TURN_S: Final = 0.005
+_TURN_S: Final = 0.0005
+"""4 KiB reads, 16 in flight, with one CPU for the server: while a save goes on, 1.4 to 2.7 ms more
+at the 99th percentile, with turns of 1 ms 2.3 to 3.6, of 5 ms 3.8 to 4.2. With nobody beside it a
+save takes a seventh longer than with those."""
 _REST_S: Final = 0.0001
 """As in compaction.py: in a real-time class, on one CPU, a save had nobody answered meanwhile."""
 
