@@ -95,6 +95,10 @@ OWN = 32 << 10
 """A payload of so many bytes that has not come whole is received into a buffer of its own. The rest
 of a shorter one is copied, twice: that costs less than another system call."""
 
+FILLED = 1 << 20
+"""The buffer of a payload of so many bytes comes from the heap, which a hardened process has in
+store; that of a longer one from the system, as it fills. No kernel swaps in such."""
+
 MOST_EXTENTS = 4096
 """In one block status: with two contexts, 5 ms."""
 
@@ -362,7 +366,7 @@ def answer(
 def _buffer_for(length: int) -> memoryview:
     """Zeros are written to a bytearray when it is made. Of a mapping only what comes is touched: or
     headers alone, of 32 MiB each, would cost 20 ms and as much memory as they promise."""
-    if length <= INLINE:
+    if length <= FILLED:
         return memoryview(bytearray(length))
     return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
 
