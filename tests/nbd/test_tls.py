@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import random
 import re
 import shutil
 import socket
@@ -566,6 +567,39 @@ def test_who_does_not_read_what_comes_through_tls_is_not_read_from_either(serve,
         began = time.monotonic()
         server.zram.reset(force=True)
         assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_long_answers_are_encrypted_as_they_are_read(serve, zram, certificates, ends):
+    """Not all at once: that would hold up all others, and keep each twice."""
+    content = random.Random(1).randbytes(8 * MIB)
+    opener = zram.open("test")
+    opener.write(0, content)
+    opener.close()
+    with secure(serve(), trusting(certificates / "anonymous")) as client:
+        go(client)
+        running = serve.started[0]
+        wait_for(lambda: running.ask(lambda: running.server.serving))
+        (patient,) = running.server.serving
+        transport = patient._transport
+        ask = [request(NBD_CMD_READ, 0, 8 * MIB, cookie=number) for number in range(4)]
+        client.send(b"".join(ask) + (request(NBD_CMD_DISC) if ends else b""))
+        wait_for(lambda: len(patient._unsent) > 4000)
+        lower = transport._ssl_protocol._transport
+        kept = transport.get_write_buffer_size() + lower.get_write_buffer_size()
+        assert kept < 4 * connection._BATCH
+        assert not running.ask(patient._has_room)
+        found = set()
+        for _ in range(4):
+            cookie, error = client.reply()
+            assert error == 0
+            assert client.receive(8 * MIB) == content
+            found.add(cookie)
+        assert found == set(range(4))
+        if ends:
+            assert client.ended()
+        else:
+            assert client.read(4096, 4096) == content[4096:8192]
 
 
 def test_nothing_stays_of_who_leaves_with_answers_unread(serve, certificates):

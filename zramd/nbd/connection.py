@@ -39,6 +39,7 @@ import asyncio
 import logging
 import socket
 import struct
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,7 @@ class Connection(asyncio.BufferedProtocol):
         self._lost = False
         self._reading = True
         self._peer_reads = True
+        self._unsent: deque[bytes] = deque()  # what TLS is not given yet
         self._in_flight = 0
         self._in_flight_bytes = 0
         self._had_much = False
@@ -205,6 +207,8 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         self._answer_gathered()
         self._ending = True
+        if self._secure:
+            self._unsent.clear()  # nothing goes out after this
         self._finish_if_idle()
         return self.serving and not self._secure  # keep the socket for the replies still to come
 
@@ -213,11 +217,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._peer_reads = True
-        if not self._turn_due:
-            self._pump()
+        self._go_on()
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._lost = self._ending = True
+        self._unsent.clear()
         self._finish_if_idle()
 
     # Negotiating
@@ -331,9 +335,37 @@ class Connection(asyncio.BufferedProtocol):
         if isinstance(transport, Stream):
             transport.send(parts)
         elif not transport.is_closing():
+            waits = bool(self._unsent)
+            self._unsent += parts
+            if not waits or self._cut:
+                self._encrypt()
+
+    def _encrypt(self) -> None:
+        """Gives TLS what it may have: it encrypts at once what it is given, and keeps that. No more
+        than _BATCH in a turn, then; but all at the end, as it takes nothing after the cut."""
+        given = 0
+        while self._unsent and (self._cut or (self._peer_reads and given < _BATCH)):
+            piece = [self._unsent.popleft()]
+            size = len(piece[0])
+            while self._unsent and size + len(self._unsent[0]) <= INLINE:
+                piece.append(self._unsent.popleft())
+                size += len(piece[-1])
             # Not writelines: in Python 3.12 and 3.13 it forgets flow control (gh-127655), and that
             # the connection may be lost (gh-136234).
-            transport.write(b"".join(parts))
+            self._transport.write(b"".join(piece))
+            given += size
+        if self._unsent and self._peer_reads:
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """With what has waited for the peer to read, or for others to have a turn."""
+        waited = bool(self._unsent)
+        self._encrypt()
+        if not self._ending:
+            if not self._turn_due:
+                self._pump()
+        elif waited:
+            self._finish_if_idle()
 
     def _take_turn(self) -> None:
         self._turn_due = False
@@ -342,6 +374,7 @@ class Connection(asyncio.BufferedProtocol):
     def _has_room(self) -> bool:
         return (
             self._peer_reads
+            and not self._unsent
             and self._in_flight < _IN_FLIGHT
             and self._in_flight_bytes < _IN_FLIGHT_BYTES
         )
@@ -440,6 +473,7 @@ class Connection(asyncio.BufferedProtocol):
             self._timer = self._loop.call_later(QUIET_SECONDS / 4, self._end_when_quiet)
             return
         self._cut = True
+        self._encrypt()
         try:
             self._transport.get_extra_info("socket").shutdown(socket.SHUT_RD)
         except OSError:
@@ -468,6 +502,9 @@ class Connection(asyncio.BufferedProtocol):
         if not self._ending or self._in_flight:
             return
         self._cancel_timer()
+        if self._unsent:
+            self._timer = self._loop.call_later(LINGER_SECONDS, self.abort)
+            return
         if self._opener is not None:
             opener, self._opener = self._opener, None
             opener.close()
