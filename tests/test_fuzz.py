@@ -101,7 +101,11 @@ FAULTS = {
         Connection._worked,
         ("self._in_flight_bytes -= held", "pass"),
     ),
-    "replies without bound": (Connection._has_room, ("self._peer_reads\n", "True\n")),
+    "replies without bound": (
+        Connection._has_room,
+        ("self._peer_reads\n", "True\n"),
+        ("not self._unsent\n", "True\n"),
+    ),
     "requests in flight without bound": (
         Connection._has_room,
         ("self._in_flight < _IN_FLIGHT\n", "True\n"),
@@ -114,6 +118,7 @@ FAULTS = {
     "the end of file does not wait for what is in flight": (
         Connection._finish_if_idle,
         ("if not self._ending or self._in_flight:", "if not self._ending:"),
+        ("del self._transport\n", "pass\n"),
     ),
     "a timer is left": (
         Connection._finish_if_idle,

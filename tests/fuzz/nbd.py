@@ -74,6 +74,10 @@ READ_ONLY, TLS_REQUIRED = 64, 128  # in the first byte
 MOST_DELIVERED = 512 << 10  # by one input, filler included
 
 
+def unsent(protocol: Any) -> int:
+    return sum(map(len, protocol._unsent))
+
+
 @contextmanager
 def small() -> Iterator[None]:
     """The limits that SMALL says, and logging that costs nothing."""
@@ -238,7 +242,7 @@ class Transport:
         self.marks: list[tuple[int, int]] = []
         self.delivered = bytearray()
         self.unread = 0
-        """Bytes that are kept for the peer."""
+        """Bytes that are kept for the peer here; the protocol may have more."""
         self.unread_then = self.in_flight_then = 0
         """When the connection was last told that they are many."""
         self.peer_reads = True
@@ -270,7 +274,7 @@ class Transport:
             self.unread += len(data)
             if self.unread > self._high and not self._protocol_paused:
                 self._protocol_paused = True
-                self.unread_then = self.unread
+                self.unread_then = self.unread + unsent(self.protocol)
                 self.in_flight_then = self.protocol._in_flight_bytes
                 self.protocol.pause_writing()
 
@@ -562,7 +566,7 @@ class _Execution:
         if not self.ended_by and not self.left:
             most = small["connection._BATCH"] + small["transmission.INLINE"] + (4 << 10)
             most += self.transport.in_flight_then
-            waits = self.transport.unread - self.transport.unread_then
+            waits = self.transport.unread + unsent(connection) - self.transport.unread_then
             peer.must(waits <= most, f"{waits} bytes wait")
             peer.must(not connection._gathered, "replies are kept back")
 
