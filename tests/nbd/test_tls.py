@@ -602,7 +602,8 @@ def test_long_answers_are_encrypted_as_they_are_read(serve, zram, certificates, 
             assert client.read(4096, 4096) == content[4096:8192]
 
 
-def test_nothing_stays_of_who_leaves_with_answers_unread(serve, certificates):
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_nothing_stays_of_who_leaves_with_answers_unread(serve, certificates, cut_off):
     """Without a collection of garbage, which a hardened process does not make."""
     address = serve()
     server = serve.started[0].server
@@ -616,6 +617,10 @@ def test_nothing_stays_of_who_leaves_with_answers_unread(serve, certificates):
             del greedy
             client.send(request(NBD_CMD_READ, 0, 8 * MIB) * 4)
             wait_for(lambda: protocol()._get_write_buffer_size() > 0)
+            wait_for(lambda: not next(iter(server.live))._peer_reads)
+            if cut_off:  # and no end of file comes first
+                serve.started[0].ask(lambda: next(iter(server.live)).abort())
+                wait_for(lambda: not server.live)
         wait_for(lambda: not server.live)
         wait_for(lambda: protocol() is None)
     finally:
