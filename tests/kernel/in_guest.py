@@ -416,6 +416,14 @@ def test_a_server_for_swap_is_hardened_in_all_its_threads_and_up_swaps_on_it() -
 
 def start_fio(node: str, *options: str, depth: int = 16) -> subprocess.Popen[str]:
     """fio with `depth` requests at a time on the node; returns when it is well under way."""
+    statistics = Path("/sys/block", Path(node).name, "stat")
+
+    def done() -> tuple[int, int]:
+        """Reads and writes, those of all that used the node before included."""
+        reads, _, _, _, writes, *_ = map(int, statistics.read_text().split())
+        return reads, writes
+
+    before = done()
     fio = subprocess.Popen(
         [
             *("fio", "--name=load", f"--filename={node}", "--rw=randrw", "--bs=4k", "--size=64M"),
@@ -426,11 +434,9 @@ def start_fio(node: str, *options: str, depth: int = 16) -> subprocess.Popen[str
         stderr=subprocess.STDOUT,
         text=True,
     )
-    statistics = Path("/sys/block", Path(node).name, "stat")
 
     def under_way() -> bool:
-        reads, _, _, _, writes, *_ = map(int, statistics.read_text().split())
-        return min(reads, writes) > 300
+        return all(now - then > 300 for then, now in zip(before, done(), strict=True))
 
     servers.wait_for(lambda: fio.poll() is not None or under_way(), "fio to get going")
     assert fio.poll() is None, fio.communicate()[0]
