@@ -94,6 +94,8 @@ class Opener:
         self.size = size
         self.closed = False
         """Set for good by `close`, or by the reset of what it was opened on."""
+        self.at_once = pages.comp.at_once
+        """Bytes that a write does not take long to compress."""
         self._gate = gate
         self._pages = pages
         self._counts = counts

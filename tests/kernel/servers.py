@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,13 @@ def start(
     mem_limit: str | None = None,
     allow_deadlock: bool = False,
     module: str = "zramd.cli",
+    options: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
     """Start the server `kind` of SERVERS in the background; returns when it serves. `module` is run
-    for zramd's."""
+    for zramd's, with more `options`."""
     paths = Paths(name)
     if kind == "zramd":
-        command = [sys.executable, "-m", module, "serve", name, f"--disksize={disksize}"]
+        command = [sys.executable, "-m", module, "serve", name, f"--disksize={disksize}", *options]
         command += [f"--for={use}"] if use else []
         command += [f"--mem-limit={mem_limit}"] if mem_limit else []
         command += ["--allow-deadlock"] if allow_deadlock else []
@@ -70,6 +71,10 @@ def start(
     try:
         for path in (paths.nbd_socket, paths.control_socket):
             wait_for(lambda path=path: _listens(path) or server.poll() is not None, str(path))
+        if kind == "zramd":  # it is written down when it serves already
+            wait_for(
+                lambda: paths.worker() != paths.server() or server.poll() is not None, "a worker"
+            )
         assert server.poll() is None, f"the server ended with status {server.returncode}"
     except BaseException:
         kill(server)

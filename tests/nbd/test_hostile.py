@@ -299,47 +299,6 @@ def test_replies_to_tiny_requests_are_bounded_too(server):
         assert cpu_share(server.worker, 0.5) < 1.9
 
 
-@contextmanager
-def flood(server: Served, ask: bytes, reply: int):
-    """A client that asks as fast as it can, 16 at a time, and reads the answers."""
-    ended = threading.Event()
-    counts = [0]
-
-    def run() -> None:
-        with RawClient(server.address) as client:
-            client.send(ask * 16)
-            while not ended.is_set():
-                client.receive(reply)
-                counts[0] += 1
-                client.send(ask)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield counts
-        before = counts[0]
-        wait_for(lambda: counts[0] > before)
-    finally:
-        ended.set()
-        thread.join(DEADLINE_S)
-
-
-@pytest.mark.parametrize(
-    ("ask", "reply"),
-    [
-        (request(NBD_CMD_FLUSH), 16),
-        (request(NBD_CMD_READ, 0, 1), 17),
-        (request(NBD_CMD_READ, 0, 32 * MIB), 16 + 32 * MIB),
-        (request(77), 16),
-    ],
-    ids=["flush", "a-byte", "32-MiB", "nonsense"],
-)
-def test_a_flood_leaves_others_their_share(server, ask, reply):
-    with flood(server, ask, reply), another(server) as client:
-        before = client.answered
-        wait_for(lambda: client.answered > before + 400 or client.fault)
-
-
 def test_ranges_of_terabytes_cost_what_is_stored():
     size = 4 << 40
     with a_server("4T") as server, another(server):

@@ -112,6 +112,8 @@ class Server:
         """What each connection receives into, on the event loop, and leaves before the next."""
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nbd")
         self.turns = Turns(self.threads, THREADS)
+        self.content = 0
+        """Turns that were not cut: of connections that had asked for no more."""
         self.closing = False
         self.live: set[Connection] = set()
         self.addresses: list[Address] = []

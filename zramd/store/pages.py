@@ -25,8 +25,7 @@ Promises
 
 Assumes 0 <= offset, 0 <= length, offset + length <= disksize: the device checks. Any number of
 threads may call. Slot locks are striped by table page (512 slots, 2 MiB of device); codecs run
-outside them, except for a write that does not start or end on a page, which must read, modify
-and write in one hold of the lock. Lock order: compaction, slot, pool, the arena's account.
+outside them. Lock order: compaction, slot, pool, the arena's account.
 """
 
 import struct
@@ -81,9 +80,9 @@ _WORTH_SHARE: Final = 128
 the memory: the scan, 50 us a table page, then costs less than the writes that fill what is gained.
 """
 
-EXTENTS_LOOK: Final = 64 << 20
-"""Bytes of stored pages that one call of `extents` looks at: 1 ms, in which others wait. Holes cost
-next to nothing."""
+EXTENTS_LOOK: Final = 8 << 20
+"""Bytes of stored pages that one call of `extents` looks at: 0.1 ms, in which others wait. Holes
+cost next to nothing."""
 
 _STRIPES: Final = 64
 _ZEROS: Final = bytes(PAGE)
@@ -295,22 +294,29 @@ class Pages:
             self._with_room(nowait, lambda larger: self._change(offset, part, larger=larger))
 
     def _change(self, offset: int, part: memoryview, *, larger: bool) -> None:
-        """Read, modify and write a page in one hold of the lock. Raises StoreFull, Corrupt."""
+        """Read, modify and write a page: where another write has come first, which shows when the
+        word is to be swapped, once more. Raises StoreFull, Corrupt."""
         slot, at = divmod(offset, PAGE)
         compress, decompress = self.comp.stream()
-        with self._slot_lock(slot):
-            (blob,) = self._copy_out_locked(slot, slot + 1) or (0,)
-            page = bytearray(self._decode(slot, blob, decompress))
+        while True:
+            with self._slot_lock(slot):
+                read = self._copy_out_locked(slot, slot + 1)
+            page = bytearray(self._decode(slot, read[0] if read else 0, decompress))
             page[at : at + len(part)] = part
             word, content = self._encode(page, compress)
             if content:
                 (address,) = self.pool.take([len(content)], larger=larger)
                 word = self._fill(word, content, address)
             try:
-                old = self._swap_page_locked(slot, word)
+                with self._slot_lock(slot):
+                    # The bytes too: the word alone may be the same by chance.
+                    if self._copy_out_locked(slot, slot + 1) == read:
+                        old = self._swap_page_locked(slot, word)
+                        break
             except BaseException:
                 self._unstage([word])
                 raise
+            self._unstage([word])
         self._settle_page(old, word)
 
     def _encode(self, page: Buffer, compress: Callable[[Buffer], bytes]) -> tuple[int, Buffer]:

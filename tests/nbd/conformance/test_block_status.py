@@ -74,13 +74,15 @@ def written(export, pages):
                 assert peer.do(write(SIMPLE, index * PAGE, page)) == 0
 
 
+MOST_EXTENTS = 64
+"""Of pages as they are stored, that one answer tells of; the contexts merge some."""
 ORDERS = {
     "nothing": [],
     "one of each": list(KINDS),
     "each twice": [kind for kind in KINDS for _ in range(2)],
     "data, hole, data": [TEXT, None, NOISE],
     "all to the end": [TEXT] * 256,
-    "anything": random.Random(2).choices(list(KINDS), k=256),
+    "anything": random.Random(2).choices(list(KINDS), k=MOST_EXTENTS),
     "long runs": sorted(random.Random(3).choices(list(KINDS), k=256), key=list(KINDS).index),
 }
 RANGES = [
@@ -111,6 +113,25 @@ def test_the_extents_are_those_of_what_was_written(small, meet, manner, mode, pa
         else:
             answers = {request.cookie: peer.do(request) for request in asked}
         assert answers == {n: model(pages, *each) for n, each in enumerate(RANGES)}
+
+
+@pytest.mark.parametrize("mode", [STRUCTURED, EXTENDED])
+def test_an_answer_ends_early_where_there_is_much_to_tell_and_the_next_goes_on(small, mode):
+    pages = random.Random(4).choices(list(KINDS), k=256)
+    written(small, pages)
+    expected, told = model(pages, 0, 1 << 20), {ALLOCATION: [], STATE: []}
+    at = 0
+    with Peer(small.path).enter(mode, *CONTEXTS) as peer:
+        while at < 1 << 20:
+            answer = peer.do(Request(BLOCK_STATUS, at, (1 << 20) - at))
+            sizes = {sum(size for size, _ in extents) for extents in answer.values()}
+            assert len(sizes) == 1
+            assert len(answer[STATE]) <= MOST_EXTENTS
+            at += sizes.pop()
+            assert at == 1 << 20 or len(answer[STATE]) > MOST_EXTENTS // 2
+            for context, extents in answer.items():
+                told[context] += extents
+    assert {context: merged(extents) for context, extents in told.items()} == expected
 
 
 @pytest.mark.parametrize("mode", [STRUCTURED, EXTENDED])
