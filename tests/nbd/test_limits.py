@@ -4,6 +4,7 @@ import errno
 import logging
 import resource
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -202,6 +203,18 @@ def test_a_cid_that_is_not_ours_is_refused_by_name(start, vsock):
     running, _ = start()
     with pytest.raises(BadValue, match=r"cannot listen on vsock:77777:1"):
         running.listen(VsockAddress(77777, 1))
+
+
+@pytest.mark.parametrize(
+    "address", [UnixAddress(Path("/no/such/place/s")), TcpAddress("192.0.2.1", 10809)]
+)
+def test_where_it_cannot_listen_it_says_why_and_what_to_do(start, address):
+    running, _ = start()
+    with pytest.raises(BadValue) as caught:
+        running.listen(address)
+    said = caught.value.line()
+    assert said.startswith(f"cannot listen on {address}: ")
+    assert "; name an address of this machine" in said
 
 
 def test_a_guest_is_named():

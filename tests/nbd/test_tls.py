@@ -90,6 +90,9 @@ def test_good_files_make_a_context_that_begins_at_tls_1_2(directory):
     assert not made.required
     assert made.context.minimum_version == ssl.TLSVersion.TLSv1_2
     assert made.context.verify_mode == ssl.CERT_NONE
+    for never in (ssl.OP_NO_RENEGOTIATION, ssl.OP_NO_TICKET):
+        assert made.context.options & never
+    assert made.context.num_tickets == 0
     (directory / "ca-cert.pem").unlink()  # whose own need it is only with --tls-verify-peer
     assert tls.make(required=True, certificates=directory).required
 
@@ -120,7 +123,8 @@ def test_a_file_that_may_not_be_read_is_named(directory, monkeypatch):
 
     monkeypatch.setattr(tls, "open", denied, raising=False)
     assert refused(certificates=directory) == (
-        f"{directory}/server-cert.pem cannot be read: Permission denied"
+        f"{directory}/server-cert.pem cannot be read: Permission denied;"
+        " name a file that the server may read"
     )
 
 
@@ -196,6 +200,7 @@ def test_a_wrong_line_of_keys_is_named_and_the_key_is_not_shown(tmp_path, text, 
     file.write_text(text)
     said = refused(psk=file)
     assert f"{file}{culprit}" in said
+    assert f"; make it so: psktool -u USER -p {file}" in said
     assert KEY not in said
     assert "secret" not in said
 

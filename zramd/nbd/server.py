@@ -69,6 +69,8 @@ _PRIVATE_CONNECTIONS: Final = 16
 _BURST_SECONDS: Final = 10.0
 """Who is turned away, or dropped, so soon after another is not logged again."""
 
+_WHERE: Final = "name an address of this machine, and a path or port that may be used"
+
 _log = logging.getLogger(__name__)
 
 
@@ -166,7 +168,9 @@ class Server:
             except OSError as error:
                 raise _listen_failed(address, error) from error
             except UnicodeError as error:
-                raise BadValue(f"cannot listen on {address}: that is no name of a host") from error
+                raise BadValue(
+                    f"cannot listen on {address}: that is no name of a host", hint=_WHERE
+                ) from error
             listeners = [listener]
         sockets = [sock for listener in listeners for sock in listener.sockets]
         if isinstance(address, TcpAddress):
@@ -320,7 +324,7 @@ def _make_way(address: UnixAddress) -> None:
 def _listen_failed(address: Address, error: OSError) -> BadValue | ServerExists:
     if error.errno == errno.EADDRINUSE:
         return _exists(address)
-    return BadValue(f"cannot listen on {address}: {error.strerror or error}")
+    return BadValue(f"cannot listen on {address}: {error.strerror or error}", hint=_WHERE)
 
 
 def _exists(address: Address) -> ServerExists:

@@ -181,7 +181,9 @@ def _readable(file: Path, what: str) -> None:
 
 
 def _unreadable(file: Path, error: OSError) -> BadValue:
-    return BadValue(f"{file} cannot be read: {error.strerror}")
+    return BadValue(
+        f"{file} cannot be read: {error.strerror}", hint="name a file that the server may read"
+    )
 
 
 def _useless(file: Path, what: str, error: ssl.SSLError) -> BadValue:
@@ -257,7 +259,9 @@ def _user(written: str, file: Path, number: int) -> str:
     try:
         return bytes.fromhex(written[1:]).decode()
     except ValueError as error:
-        raise BadValue(f"{file}:{number}: the user's name is not UTF-8") from error
+        raise BadValue(
+            f"{file}:{number}: the user's name is not UTF-8", hint=_psktool(file)
+        ) from error
 
 
 def _psktool(file: Path) -> str:

@@ -50,7 +50,10 @@ def passed() -> Passed:
     if pid != str(os.getpid()):
         return Passed([], None)
     if not count.isdecimal():
-        raise BadValue(f"LISTEN_FDS is {count!r}, and not a number")
+        raise BadValue(
+            f"LISTEN_FDS is {count!r}, and not a number",
+            hint="it is systemd's to set; without sockets of its, unset it",
+        )
     sockets, arena = [], None
     for index in range(int(count)):
         descriptor = _FIRST_DESCRIPTOR + index
