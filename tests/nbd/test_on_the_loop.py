@@ -76,6 +76,18 @@ def test_turns_are_short_where_others_are_content_with_less(tmp_path, work, no_t
         assert 0 < work["cut"] <= 64 * PAGE // (64 * KIB)
 
 
+def test_who_asks_for_less_than_a_turn_is_content_and_who_is_cut_is_not(tmp_path, no_time):
+    with running("lz4") as server, RawClient(server.listen(UnixAddress(tmp_path / "s"))) as client:
+        for _ in range(5):
+            client.read(0, PAGE)
+        content = server.server.content
+        assert content >= 5
+        for _ in range(5):
+            client.send(64 * request(NBD_CMD_READ, 0, PAGE))
+            client.receive(64 * (16 + PAGE))
+        assert server.server.content == content
+
+
 @pytest.mark.parametrize("others", [False, True])
 def test_long_writes_of_a_short_turn_are_left_to_threads(tmp_path, work, no_time, others):
     work["others"] = others

@@ -462,6 +462,29 @@ def test_threads_on_overlapping_ranges_see_only_pages_that_were_written(make, al
     assert audit_of_used(pages) == 1
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_a_write_of_a_part_sees_what_another_has_written_meanwhile(pages, back):
+    """Also where the word is what it was: an object of the same length, at the same address."""
+    pages.comp = codec = Codec()
+    pages.write(0, text(1))
+    before = word(pages, 0)
+
+    def overtake() -> None:
+        codec.hook = lambda: None
+        if back:
+            pages.discard(0, PAGE)
+            pages.write(0, text(2))
+            assert word(pages, 0) == before
+        else:
+            pages.write(100, b"theirs")
+
+    codec.hook = overtake
+    pages.write(0, b"ours")
+    expected = text(2) if back else text(1)[:100] + b"theirs" + text(1)[106:]
+    assert pages.read(0, PAGE) == b"ours" + expected[4:]
+    audit(pages)
+
+
 def test_threads_on_parts_of_the_same_pages_lose_no_update(pages):
     part = PAGE // 4
 
