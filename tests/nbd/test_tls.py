@@ -22,9 +22,10 @@ from tests.nbd.harness import DEADLINE_S, RawClient, RunningServer, request, wai
 from tests.nbd.tls_client import begin, go, option_reply, secure, trusting
 from zramd.device import Zram
 from zramd.errors import BadValue
-from zramd.nbd import connection, tls, wire
+from zramd.nbd import connection, tls, transmission, wire
 from zramd.nbd.address import TcpAddress, UnixAddress
 from zramd.nbd.client import negotiate
+from zramd.nbd.connection import Connection
 from zramd.nbd.wire import NBD_CMD_DISC, NBD_CMD_READ
 
 MIB = 1 << 20
@@ -574,8 +575,24 @@ def test_who_does_not_read_what_comes_through_tls_is_not_read_from_either(serve,
         assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("ends", [False, True])
-def test_long_answers_are_encrypted_as_they_are_read(serve, zram, certificates, ends):
+@pytest.fixture
+def encrypted(monkeypatch):
+    """How many bytes each turn gave to TLS, but for what must go out before the cut."""
+    turns = []
+    encrypt = Connection._encrypt
+
+    def counts(self):
+        before, cut = sum(map(len, self._unsent)), self._cut
+        encrypt(self)
+        if not cut:
+            turns.append(before - sum(map(len, self._unsent)))
+
+    monkeypatch.setattr(Connection, "_encrypt", counts)
+    return turns
+
+
+@pytest.mark.parametrize("ends", [None, "client", "server"])
+def test_long_answers_are_encrypted_as_they_are_read(serve, zram, certificates, encrypted, ends):
     """Not all at once: that would hold up all others, and keep each twice."""
     content = random.Random(1).randbytes(8 * MIB)
     opener = zram.open("test")
@@ -588,12 +605,15 @@ def test_long_answers_are_encrypted_as_they_are_read(serve, zram, certificates, 
         (patient,) = running.server.serving
         transport = patient._transport
         ask = [request(NBD_CMD_READ, 0, 8 * MIB, cookie=number) for number in range(4)]
-        client.send(b"".join(ask) + (request(NBD_CMD_DISC) if ends else b""))
+        client.send(b"".join(ask) + (request(NBD_CMD_DISC) if ends == "client" else b""))
         wait_for(lambda: len(patient._unsent) > 4000)
         lower = transport._ssl_protocol._transport
         kept = transport.get_write_buffer_size() + lower.get_write_buffer_size()
         assert kept < 4 * connection._BATCH
         assert not running.ask(patient._has_room)
+        if ends == "server":
+            closing = running.begin(running.server.close())
+            wait_for(lambda: patient._cut)
         found = set()
         for _ in range(4):
             cookie, error = client.reply()
@@ -605,6 +625,21 @@ def test_long_answers_are_encrypted_as_they_are_read(serve, zram, certificates, 
             assert client.ended()
         else:
             assert client.read(4096, 4096) == content[4096:8192]
+        if ends == "server":
+            closing.result(DEADLINE_S)
+    assert max(encrypted) <= connection._BATCH + transmission.INLINE
+
+
+def test_who_ends_and_does_not_read_what_is_not_encrypted_yet_is_given_up(
+    serve, certificates, monkeypatch
+):
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 0.1)
+    address = serve()
+    server = serve.started[0].server
+    with secure(address, trusting(certificates / "anonymous")) as client:
+        go(client)
+        client.send(request(NBD_CMD_READ, 0, 8 * MIB) * 4 + request(NBD_CMD_DISC))
+        wait_for(lambda: not server.live)
 
 
 @pytest.mark.parametrize("cut_off", [False, True])
