@@ -124,8 +124,8 @@ def test_that_min_free_kbytes_stays_raised_is_said(
     monkeypatch.setattr(use, "_MIN_FREE", tmp_path / "min_free_kbytes")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     said = use.prepare_for_swap("zram0", "nbd")
-    assert said == "vm.min_free_kbytes is 4096 now, and was 512; it stays so until reboot"
-    assert (tmp_path / "min_free_kbytes").read_text() == "4096"
+    assert said == "vm.min_free_kbytes is 8192 now, and was 512; it stays so until reboot"
+    assert (tmp_path / "min_free_kbytes").read_text() == "8192"
     assert use.prepare_for_swap("zram0", "nbd") is None
 
 

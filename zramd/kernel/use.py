@@ -25,10 +25,11 @@ from zramd.errors import BadValue, NotHardened, UseFailed
 from zramd.kernel import nbd, tools
 from zramd.kernel.state import User, mounts, processes_in, swaps, users
 
-MIN_FREE_KIB: Final = 4096
+MIN_FREE_KIB: Final = 8192
 """The least vm.min_free_kbytes for swap: real-time tasks may take part of it where others get no
-memory any more, and that is what a server answers from. With 512 a guest hung, with its own 2000 it
-came through each time (docs/swap.md). From 1 GiB of RAM on, the kernel's own is as much."""
+memory any more, and that is what a server answers from. With 512 a guest hung, with 4096 one of
+five did, full and on a busy machine (docs/swap.md). From 4 GiB of RAM on, the kernel's own is as
+much."""
 
 _MIN_FREE: Final = Path("/proc/sys/vm/min_free_kbytes")
 
