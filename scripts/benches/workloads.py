@@ -13,6 +13,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 from scripts.benches import machine
 from scripts.benches.machine import Failed, client
 from scripts.benches.peers import Holds, Peer, Serve, Server, connected
+from zramd.control.client import Control
 from zramd.nbd.wire import NBD_CMD_TRIM, SIMPLE_REPLY, pack_request
 
 MIB = 1 << 20
@@ -278,8 +280,18 @@ def lists_elsewhere(peer: Serve) -> Callable[[threading.Event], None]:
 
 
 def saves(peer: Serve) -> Callable[[threading.Event], None]:
-    snapshot = str(peer.place / "snapshot")
-    return lambda done: _repeat(done, lambda: zramd(peer, "save", "bench", snapshot))
+    """By one client that stays: commands would take the client's CPU, milliseconds of each."""
+
+    def work(done: threading.Event) -> None:
+        with Control(peer.place / "bench" / "control") as control:
+
+            def save() -> None:
+                with tempfile.TemporaryFile(dir=peer.place) as file:
+                    control.save(file.fileno())
+
+            _repeat(done, save)
+
+    return work
 
 
 def _repeat(done: threading.Event, work: Callable[[], None]) -> None:
