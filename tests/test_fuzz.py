@@ -12,9 +12,10 @@ import pytest
 from tests.fuzz import nbd, peer
 from tests.fuzz.mutate import Mutator, bytes_changed, go, option, pack, request
 from tests.planted import plant
-from zramd.nbd import connection, replies, transmission
+from zramd.nbd import connection, replies, stream, transmission
 from zramd.nbd.connection import Connection
 from zramd.nbd.negotiation import Negotiation
+from zramd.nbd.stream import Stream
 from zramd.nbd.transmission import Receiver, answer
 from zramd.opener import Opener
 from zramd.store.pages import Pages
@@ -161,6 +162,143 @@ FAULTS = {
         Pages.discard,
         ("-(-offset // PAGE)", "offset // PAGE"),
     ),
+    "more is forgotten than has gone out": (Stream._forget, ("[sent:]", "[sent + 1 :]")),
+    "a part goes out twice": (
+        Stream._forget,
+        ("unsent.appendleft(memoryview(part)[sent:])", "unsent.appendleft(part)"),
+    ),
+    "what is unsent is overtaken": (Stream.send, ("if not self._unsent:", "if True:")),
+    "a stream never resumes": (Stream._writable, ("self._protocol.resume_writing()", "pass")),
+    "a stream without bound": (
+        Stream.send,
+        ("self._choked = True\n", "pass\n"),
+        ("self._protocol.pause_writing()", "pass"),
+    ),
+    "a stream waits to write what it has not": (
+        Stream._writable,
+        ("self._loop.remove_writer(self._fd)", "pass"),
+    ),
+    "a stream is lost, and nobody hears of it": (
+        Stream._tell_lost,
+        ("self._protocol.connection_lost(error)", "pass"),
+    ),
+    "a socket that is closed is read": (Stream._lose, ("self.pause_reading()", "pass")),
+    "a socket stays open": (Stream._tell_lost, ("self._sock.close()", "pass")),
+    "a stream closes before all has gone out": (
+        Stream.close,
+        ("if not self._unsent:", "if True:"),
+    ),
+    "a stream that closes with something unsent is never lost": (
+        Stream._writable,
+        ("if self._closing:", "if False:"),
+    ),
+    "the end of file is taken for nothing yet": (Stream._receive, ("if not count:", "if False:")),
+    "what comes while it is not to be read": (
+        Stream._receive,
+        ("if not alone or not self._reading:", "if not alone:"),
+    ),
+    "others wait for one who is alone": (
+        Stream._receive,
+        ("if now >= stays_until:", "if False:"),
+    ),
+    "it looks for requests for ever": (
+        Stream._receive,
+        ("min(now + patience, stays_until)", "now + 100 * patience"),
+    ),
+    "a stream that is gone is remembered": (
+        Stream._lose,
+        ("Stream._latest = None", "pass"),
+    ),
+    "more parts than a socket takes": (Stream.send, ("parts[:_MOST_PARTS]", "parts")),
+    "a stream chokes once only": (Stream._writable, ("self._choked = False", "pass")),
+    "a stream without the limit that it is given": (
+        Connection._negotiate,
+        ("self._transport.set_write_buffer_limits(high=_BATCH)", "pass"),
+    ),
+    "a stream that is lost waits to write": (
+        Stream._lose,
+        ("self._loop.remove_writer(self._fd)", "pass"),
+    ),
+    "what asyncio's transport has not sent is lost": (
+        stream.take_over,
+        ("if transport.get_write_buffer_size():", "if False:"),
+    ),
+    "TLS is left for the socket": (Connection._negotiate, ("if not self._secure:", "if True:")),
+    "TLS is to stay half open": (
+        Connection.eof_received,
+        ("self.serving and not self._secure", "self.serving"),
+    ),
+    "TLS is given something after the end": (
+        Connection.eof_received,
+        ("self._unsent.clear()", "pass"),
+    ),
+    "a connection that is lost waits for TLS": (
+        Connection.connection_lost,
+        ("self._unsent.clear()", "pass"),
+    ),
+    "TLS is given all in one piece": (
+        Connection._encrypt,
+        ("while self._unsent and size + len(self._unsent[0]) <= INLINE:", "while self._unsent:"),
+    ),
+    "TLS is given all in one turn": (Connection._encrypt, ("given < _BATCH", "True")),
+    "TLS is given what the peer does not read": (
+        Connection._encrypt,
+        ("self._cut or (self._peer_reads and given < _BATCH)", "given < _BATCH"),
+    ),
+    "TLS is not given all at the cut": (
+        Connection._encrypt,
+        ("self._cut or (", "("),
+    ),
+    "TLS is not given the rest": (
+        Connection._encrypt,
+        ("self._loop.call_soon(self._go_on)", "pass"),
+    ),
+    "what goes through TLS is out of order": (
+        Connection._encrypt,
+        ("piece.append(self._unsent.popleft())", "piece.insert(0, self._unsent.popleft())"),
+    ),
+    "nothing is asked for once all has gone through TLS": (
+        Connection._go_on,
+        ("self._pump()", "pass"),
+    ),
+    "a connection ends before all has gone through TLS": (
+        Connection._finish_if_idle,
+        ("if self._unsent:", "if False:"),
+    ),
+    "what goes through TLS at the end is not waited for": (
+        Connection._go_on,
+        ("self._finish_if_idle()", "pass"),
+    ),
+    "what came with the end of the TLS handshake is lost": (
+        Connection._begin_tls,
+        ("self._negotiate(memoryview(early))", "pass"),
+    ),
+    "what came with the end of the TLS handshake is plain": (
+        Connection.buffer_updated,
+        ("self._securing is not None and not self._secure", "False"),
+    ),
+    "a TLS handshake that fails is not told": (
+        Connection._begin_tls,
+        ("self.connection_lost(None)", "pass"),
+    ),
+    "what is slipped in before TLS": (
+        Negotiation.receive,
+        ("if self.state is State.SECURING and self._buffer:", "if False:"),
+    ),
+    "contexts selected before TLS": (
+        Negotiation.secured,
+        ("self.form, self._selected = SIMPLE, ()", "self.form = SIMPLE"),
+    ),
+    "a form of replies chosen before TLS": (
+        Negotiation.secured,
+        ("self.form, self._selected = SIMPLE, ()", "self._selected = ()"),
+    ),
+    "TLS that begins twice": (Negotiation._starttls, ("if self._secure:", "if False:")),
+    "TLS that is required after it has begun": (
+        Negotiation.secured,
+        ("True, False", "True, self._must_secure"),
+    ),
+    "TLS that is not required": (Negotiation._answer, ("if self._must_secure and", "if False and")),
 }
 
 
@@ -169,12 +307,13 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
     function, *changes = FAULTS[fault]
     plant(monkeypatch, function, *changes)
     monkeypatch.setattr(connection, "answer", transmission.answer)
+    monkeypatch.setattr(connection, "take_over", stream.take_over)
     mutator = Mutator(random.Random(fault))
     corpus = inputs("nbd")
     with nbd.small():
         world = nbd.World()
         try:
-            for number in range(MUTATIONS):
+            for number in range(2 * MUTATIONS):  # most take less than 100
                 data = mutator.conversation()
                 if number % 2:
                     data = mutator.mutate(mutator.rng.choice(corpus))

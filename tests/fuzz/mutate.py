@@ -106,17 +106,24 @@ class Mutator:
             option(peer.GO, end) if rng.random() < 0.8 else option(peer.EXPORT_NAME, b"zram0")
         )
         events = self.some_events(rng.randrange(12))
+        flood = rng.random() < 0.1
+        mode = rng.choice((0, 128) if flood else (0, 0, 0, 0, 0, 0, 64, 64, 128, 128))
+        if mode == 128 and rng.random() < 0.8:
+            parts.insert(1, option(peer.STARTTLS))
+            if rng.random() < 0.5:  # in vain, as TLS comes after it
+                before = option(peer.SET_META, meta(b"zram0", QUERIES[:2]))
+                parts[1:1] = [option(peer.STRUCTURED_REPLY), before]
+                events = bytes((32, 0, *events))[:126]
         requests = [self.a_request(extended) for _ in range(rng.randrange(1, 14))]
         if rng.random() < 0.5:
             look = request(peer.READ, 0, 1 << 16, extended=extended)
             requests = [each for one in requests for each in (one, look)]
-        if rng.random() < 0.1:
+        if flood:
             requests = self.flood(extended)
-            events = bytes((7, 0)) + bytes(rng.choices((3, 5, 6, 15), k=24))
+            events = self.flood_events(sum(map(len, parts)))
         parts += requests
         if rng.random() < 0.5:
             parts.append(request(peer.DISC, 0, 0, extended=extended))
-        mode = rng.choice((0, 0, 0, 0, 0, 0, 0, 64, 64, 128))
         return pack(events, b"".join(parts), mode)
 
     def flood(self, extended: bool) -> list[bytes]:
@@ -126,9 +133,21 @@ class Mutator:
         write = request(peer.WRITE, 0, length, peer.PAYLOAD_LEN * extended, extended=extended)
         reads = [
             request(peer.READ, 0, rng.choice((1, 4096, 4096, length)), extended=extended)
-            for _ in range(40)
+            for _ in range(rng.choice((5, 40, 40)))
         ]
         return [write + rng.randbytes(length), *reads]
+
+    def flood_events(self, negotiation: int) -> bytes:
+        rng = self.rng
+        first = (1, min(negotiation // 64, 255))  # so that its replies are read
+        events = bytes((*first, 7, 0) if rng.random() < 0.7 else (7, 0))
+        for _ in range(rng.randrange(12)):
+            events += bytes((rng.choice((3, 3, 5, 6, 8, 15)), rng.choice((1, 8, 64, 255))))
+        if rng.random() < 0.4:  # the server ends
+            events += bytes((13, rng.randrange(4), 3, 0, 6, 0, 10, 1 << rng.randrange(8)))
+        elif rng.random() < 0.5:  # the client does
+            events += bytes((rng.choice((11, 12)), 0))
+        return events
 
     def an_option(self) -> bytes:
         rng = self.rng
@@ -180,7 +199,8 @@ class Mutator:
             byte
             for _ in range(count)
             for byte in (
-                rng.choice((0, 0, 1, 1, 2, 3, 5, 5, 6, 7, 8, 9, 14, 15, rng.randrange(16))),
+                rng.choice((0, 0, 1, 1, 2, 3, 5, 5, 6, 7, 8, 9, 14, 15, rng.randrange(16)))
+                | rng.choice((0, 0, 0, 0, 0, 16, 32, 64, 96, 128, 192)),  # see nbd.NO_DESCRIPTOR
                 rng.randrange(256),
             )
         )

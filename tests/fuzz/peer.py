@@ -50,6 +50,7 @@ class Limits:
     payload: int
     skipped: int
     read_only: bool = False
+    tls_offered: bool = False
     tls_required: bool = False
 
 
@@ -109,7 +110,7 @@ class Judge:
     def __init__(self, said: Conversation, limits: Limits) -> None:
         self.said, self.limits = said, limits
         self.up = self.down = 0
-        self.structured = self.extended = False
+        self.structured = self.extended = self.secure = False
         self.dropped = False
         """The server had to end the connection without the client's end of file."""
         self.transmits = False
@@ -181,7 +182,7 @@ class Judge:
             if len(sent) < end and not long:
                 return self.nothing_more()
             if option == EXPORT_NAME:
-                if long or self.extended or limits.tls_required or not self.is_export(data):
+                if long or self.extended or self.must_secure() or not self.is_export(data):
                     return self.drop()
                 if self.down == len(self.said.got) and (self.said.refuses or not self.said.whole):
                     return None
@@ -198,13 +199,26 @@ class Judge:
             if final is None:
                 return None
             self.up = min(end, len(sent))
-            if option in (ABORT, STARTTLS) and final == ACK:
+            if option == ABORT and final == ACK:
                 return self.drop()
+            if option == STARTTLS and final == ACK:
+                if self.arrived(self.down - 20) > end:
+                    return self.drop()  # it was slipped in before TLS
+                self.begin_tls()
             if option == GO and final == ACK:
                 self.begin(data[4 : 4 + int.from_bytes(data[:4], "big")])
                 return None
             if len(sent) < end:
                 return self.nothing_more()
+
+    def begin_tls(self) -> None:
+        """The haggling goes on through TLS, as if no option had been sent before."""
+        self.secure = True
+        self.structured = self.extended = False
+        self._meta = b"", set()
+
+    def must_secure(self) -> bool:
+        return self.limits.tls_required and not self.secure
 
     def is_export(self, name: bytes) -> bool:
         return name in (b"", self.limits.name)
@@ -263,7 +277,7 @@ class Judge:
     def allowed(self, option: int, data: bytes, long: bool, fixed: bool) -> set[int]:
         if not fixed:
             return {INVALID, TOO_BIG} if long else {INVALID}
-        if self.limits.tls_required and option not in (ABORT, STARTTLS):
+        if self.must_secure() and option not in (ABORT, STARTTLS):
             return {TLS_REQD}
         if option == ABORT:
             return {ACK}
@@ -276,7 +290,9 @@ class Judge:
         if option in (INFO, GO):
             return self.allowed_go(data)
         if option == STARTTLS:
-            return {INVALID} if data else {ACK if self.limits.tls_required else POLICY}
+            if data or self.secure:
+                return {INVALID}
+            return {ACK if self.limits.tls_offered else POLICY}
         if option == STRUCTURED_REPLY:
             if self.extended and not data:
                 return {EXT_HEADER_REQD}

@@ -2,7 +2,8 @@
 
 Each client talks through a proxy to a server of 1 MiB. What it sends is kept, of long payloads as
 much as the fuzzer's limits leave: a seed is a few KiB. Not part of any test; run it again where a
-new client or a new option is worth a seed.
+new client or a new option is worth a seed. The seeds unread and tls-unread-* are no records: a
+client that reads little of its answers, or none, and then ends or is ended.
 """
 
 import socket
@@ -14,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.fuzz import peer
-from tests.fuzz.mutate import SIZE, pieces
+from tests.fuzz.mutate import SIZE, pack, pieces
+from tests.fuzz.nbd import EARLY, STARTTLS, TLS_OPTIONAL, TLS_REQUIRED
 from tests.nbd.harness import RunningServer
 from zramd.device import Zram
 from zramd.nbd.address import UnixAddress
@@ -44,6 +46,9 @@ CLIENTS = {
     ' -c "h.pwrite(bytes(range(200)), 50, nbd.CMD_FLAG_FUA)" -c "h.flush()"',
 }
 
+IN_TLS = {"nbdinfo-map": 0, "nbdsh": EARLY, "qemu-io": TLS_OPTIONAL}
+"""Those whose seeds are there with TLS too, and how."""
+
 
 def main() -> None:
     SEEDS.mkdir(parents=True, exist_ok=True)
@@ -66,6 +71,9 @@ def main() -> None:
             (SEEDS / client).write_bytes(b"\0" + cut(bytes(longest)))
         running.close()
         zram.close()
+    for client, way in IN_TLS.items():
+        stream = (SEEDS / client).read_bytes()[1:]
+        (SEEDS / f"tls-{client}").write_bytes(in_tls(stream, way))
 
 
 def cut(stream: bytes) -> bytes:
@@ -80,6 +88,14 @@ def cut(stream: bytes) -> bytes:
         if len(kept) + len(piece) <= MOST:
             kept += piece
     return kept
+
+
+def in_tls(stream: bytes, way: int) -> bytes:
+    """What the client would say there; where TLS is `TLS_OPTIONAL`, in vain before that, too."""
+    flags, *rest = pieces(stream)
+    before = [piece for piece in rest if piece.startswith(peer.IHAVEOPT)][:-1]
+    said = [flags, *(before if way & TLS_OPTIONAL else ()), STARTTLS, *rest]
+    return pack(bytes((way | 14, 0)), b"".join(said), TLS_REQUIRED)
 
 
 @contextmanager
