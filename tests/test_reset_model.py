@@ -56,6 +56,7 @@ class Store(schedules.Shared):
     def __init__(self, arena: Any) -> None:
         super().__init__()
         self.arena = arena
+        self.comp = SimpleNamespace(at_once=0)
         self._whole = False
         self._freed = False
 

@@ -42,6 +42,8 @@ def pages(make) -> Pages:
 class Codec:
     """In place of a Comp: blobs of any length asked for, and hooks in the middle of work."""
 
+    at_once = 1 << 30
+
     def __init__(self) -> None:
         self.length = 100
         self.kept: dict[bytes, bytes] = {}

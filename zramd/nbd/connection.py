@@ -362,7 +362,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _encrypt(self) -> None:
         """Gives TLS what it may have: it encrypts at once what it is given, and keeps that. No more
-        than _BATCH in a turn, then; but all at the end, as it takes nothing after the cut."""
+        than _BATCH at a time, then; but all at the end, as it takes nothing after the cut."""
         given = 0
         while self._unsent and (self._cut or (self._peer_reads and given < _BATCH)):
             piece = [self._unsent.popleft()]
