@@ -119,7 +119,9 @@ class Weight:
         time.sleep(0.3)  # servers give buffers back a moment later
         filled = peer.ram()
         compressed = peer.compressed()
-        figures = {RAM: filled / MIB, EMPTY: empty / MIB, PER_BYTE: (filled - empty) / peer.size}
+        # Who takes all of it at the start, as `nbdkit memory allocator=malloc` may, does not grow.
+        grown = filled - empty if empty < peer.size else filled
+        figures = {RAM: filled / MIB, EMPTY: empty / MIB, PER_BYTE: grown / peer.size}
         return figures | ({} if compressed is None else {COMPRESSED: compressed / MIB})
 
 
