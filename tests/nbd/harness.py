@@ -115,6 +115,12 @@ def request(command: int, offset: int = 0, length: int = 0, *, flags: int = 0, c
     return wire.pack_request(command, struct.pack(">Q", cookie), offset, length, flags)
 
 
+def contexts(export: str, *queries: str) -> bytes:
+    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
+    strings = [struct.pack(">I", len(each)) + each.encode() for each in (export, *queries)]
+    return strings[0] + struct.pack(">I", len(queries)) + b"".join(strings[1:])
+
+
 def wait_for(fact: Callable[[], Any]) -> None:
     """Until another thread or process has made it so."""
     deadline = time.monotonic() + DEADLINE_S

@@ -21,7 +21,14 @@ from tests import places
 from tests.conftest import require
 from tests.fuzz.mutate import go, option
 from tests.kernel.servers import ROOT, served
-from tests.nbd.harness import DEADLINE_S, RawClient, RunningServer, request, wait_for
+from tests.nbd.harness import (
+    DEADLINE_S,
+    RawClient,
+    RunningServer,
+    contexts,
+    request,
+    wait_for,
+)
 from tests.nbd.hostile import (
     KIB,
     MIB,
@@ -313,12 +320,8 @@ def test_ranges_of_terabytes_cost_what_is_stored():
             )
             client = RawClient.__new__(RawClient)
             client.sock = sock
-            queries = b"".join(
-                len(query).to_bytes(4, "big") + query for query in (b"base:allocation",)
-            )
-            name = len(NAME).to_bytes(4, "big") + NAME.encode()
-            contexts = option(NBD_OPT_SET_META_CONTEXT, name + b"\0\0\0\1" + queries)
-            client.send(contexts + option(NBD_OPT_GO, go(NAME.encode())))
+            chosen = option(NBD_OPT_SET_META_CONTEXT, contexts(NAME, "base:allocation"))
+            client.send(chosen + option(NBD_OPT_GO, go(NAME.encode())))
             client.receive(18 + 20 + 20 + 19 + 20 + 32 + 34 + 20)
             before = server.held().cpu_s
             for number in range(400):

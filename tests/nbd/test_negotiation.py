@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from tests.nbd.harness import contexts
 from zramd.errors import BadValue, DeviceBusy, NotInitialised
 from zramd.nbd import wire
 from zramd.nbd.negotiation import MAX_KEPT, MAX_OPTION_LENGTH, MAX_OPTIONS, Negotiation, State
@@ -45,12 +46,6 @@ def option(number, data=b""):
 
 
 BASE = "base:allocation"
-
-
-def contexts(export, *queries):
-    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
-    strings = [struct.pack(">I", len(each)) + each.encode() for each in (export, *queries)]
-    return strings[0] + struct.pack(">I", len(queries)) + b"".join(strings[1:])
 
 
 def replies(data):

@@ -20,7 +20,7 @@ from tests import places
 from tests.conftest import require
 from tests.fuzz.mutate import go, option
 from tests.kernel.servers import ROOT, served
-from tests.nbd.harness import RawClient, request, wait_for
+from tests.nbd.harness import RawClient, contexts, request, wait_for
 from tests.nbd.hostile import KIB, MIB, cpu_share
 from zramd.nbd.address import UnixAddress
 from zramd.nbd.wire import (
@@ -50,16 +50,10 @@ MOST_ROUNDS = 40
 HELLO = b"\0\0\0\3" + option(NBD_OPT_GO, go(NAME.encode()))
 
 
-def contexts(number: int, queries: list[bytes]) -> bytes:
-    said = (len(NAME).to_bytes(4, "big"), NAME.encode(), len(queries).to_bytes(4, "big"))
-    each = (len(query).to_bytes(4, "big") + query for query in queries)
-    return option(number, b"".join((*said, *each)))
-
-
 STATUS_HELLO = (
     b"\0\0\0\3"
     + option(NBD_OPT_STRUCTURED_REPLY)
-    + contexts(NBD_OPT_SET_META_CONTEXT, [b"base:allocation", b"zramd:state"])
+    + option(NBD_OPT_SET_META_CONTEXT, contexts(NAME, "base:allocation", "zramd:state"))
     + option(NBD_OPT_GO, go(NAME.encode()))
 )
 TWO_VALUES = bytes(random.Random(1).choices(b"ab", k=128 * KIB))
@@ -194,8 +188,8 @@ def test_headers_of_what_never_comes(lz4):
 
 def test_options(lz4):
     """All that there may be, each with as much in it as there may be."""
-    few = contexts(NBD_OPT_LIST_META_CONTEXT, [b"x" * 1000] * 64)
-    many = contexts(NBD_OPT_LIST_META_CONTEXT, [b""] * 16000)
+    few = option(NBD_OPT_LIST_META_CONTEXT, contexts(NAME, *["x" * 1000] * 64))
+    many = option(NBD_OPT_LIST_META_CONTEXT, contexts(NAME, *[""] * 16000))
     for ask in (few, many):
         with lz4.flood("connect", b"\0\0\0\3", ask * 31) as flood:
             assert lz4.share_beside(flood) >= LEAST
