@@ -172,8 +172,9 @@ def test_what_fails_midway_replaces_nothing_and_leaves_nothing(a_file_system):
 
 
 SLOW = """from zramd.cli import main
-from zramd.store import saving
-saving._TURN_S, saving._REST_S = 0.0, 0.4
+from zramd.store import pace
+pace._TURN_S = 0.0
+pace._REST_S = pace._REST_BESIDE_OTHERS_S = 0.4
 main()"""
 
 

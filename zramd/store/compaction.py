@@ -21,11 +21,11 @@ its span from going back this time, and nothing else comes of it.
 """
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from zramd.store.arena import Arena
+from zramd.store.pace import Pace
 from zramd.store.pool import NUMBER_SHIFT, Pool
 from zramd.store.table import (
     ADDRESS_SHIFT,
@@ -39,13 +39,6 @@ from zramd.store.table import (
 _SPAN_SHIFT: Final = ADDRESS_SHIFT - 4 + NUMBER_SHIFT
 """A word shifted down by this is the number of its object's span."""
 
-_TURN_S: Final = 0.001
-"""How long to go on before another thread gets the GIL, which would wait 5 ms for it by itself."""
-
-_REST_S: Final = 0.0001
-"""How long others get then. With 0 a real-time thread does not give up its CPU, and on the only one
-there is nobody was answered during a whole compaction."""
-
 
 def empty_leaving_spans(
     arena: Arena,
@@ -57,15 +50,13 @@ def empty_leaving_spans(
 
     Calls `checkpoint` after each table page, with no lock held; what that raises ends it.
     """
-    turn_ends = time.monotonic() + _TURN_S
+    pace = Pace()
     for page in arena.table_pages.pages():
         if not pool.leaving:
             break
         _move(arena, pool, page, slot_locks[page % len(slot_locks)])
         checkpoint()
-        if time.monotonic() > turn_ends:
-            time.sleep(_REST_S)
-            turn_ends = time.monotonic() + _TURN_S
+        pace.keep()
 
 
 def _move(arena: Arena, pool: Pool, page: int, slot_lock: threading.Lock) -> None:

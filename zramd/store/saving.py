@@ -31,17 +31,11 @@ from zramd.errors import SaveFailed
 from zramd.store import PAGE
 from zramd.store.arena import Arena
 from zramd.store.image import BLOCK, Snapshot
+from zramd.store.pace import Pace
 from zramd.store.pool import Pool
 
 PATIENCE_S: Final = 1.0
 """Enough for a GiB to memory, and nobody takes a device for dead that stands still so long."""
-
-_TURN_S: Final = 0.0005
-"""4 KiB reads, 16 in flight, with one CPU for the server: while a save goes on, 1.4 to 2.7 ms more
-at the 99th percentile, with turns of 1 ms 2.3 to 3.6, of 5 ms 3.8 to 4.2. With nobody beside it a
-save takes a seventh longer than with those."""
-_REST_S: Final = 0.0001
-"""As in compaction.py: in a real-time class, on one CPU, a save had nobody answered meanwhile."""
 
 
 class Saving:
@@ -57,7 +51,7 @@ class Saving:
         self._progress = threading.Condition()
         self._is_over = False
         self._why_over = ""
-        self._turn_ends = 0.0
+        self._pace = Pace()
         self.let_go = 0
         """How often something was let go; who waits for more looks here before he finds no room."""
 
@@ -114,9 +108,7 @@ class Saving:
         checkpoint()
         if self._why_over:
             raise SaveFailed(self._why_over)
-        if time.monotonic() > self._turn_ends:
-            time.sleep(_REST_S)
-            self._turn_ends = time.monotonic() + _TURN_S
+        self._pace.keep()
 
     def end(self, publish: Callable[[None], None]) -> None:
         """Hold nothing any more. Who finds no room and sees no snapshot is refused, so that there
