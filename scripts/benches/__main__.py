@@ -43,7 +43,6 @@ PARTS = {
     "pauses": served.measure_pauses,
     "idle": served.measure_idle,
     "connections": connections.measure_connections,
-    "pairs": served.measure_servers,
 }
 
 
@@ -61,10 +60,10 @@ class Size:
     """Rounds, seconds and MiB of the rows of zramd's parts."""
 
 
-_SHARES = 20
+_SHARES = 24
 """Into which the free RAM is divided: each peer gets one, and a few are left."""
 
-FULL = Size(256, 3, 1.2, (9, 4, 512))
+FULL = Size(256, 3, 1.2, (5, 4, 512))
 QUICK = Size(32, 1, 0.25, (1, 1, 32))
 
 
@@ -127,7 +126,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report to this")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="write SVG charts to it")
     parser.add_argument(
-        "--rounds", type=_count, help="how many of each row (else 3, and 9 of zramd's own parts)"
+        "--rounds", type=_count, help="how many of each row (else 3, and 5 of zramd's own parts)"
     )
     # For the test of this: sizes at which figures mean nothing.
     parser.add_argument("--mib", type=int, help=argparse.SUPPRESS)

@@ -375,18 +375,16 @@ def all_peers(work: Path, image: Path) -> list[Peer]:
     """In the order in which the report names them."""
     memory = ["memory", "{size}"]
     idle = ["python", str(ROOT / "scripts/benches/idle_plugin.py"), "size={size}"]
+    algorithms = ("lz4", "lz4hc", "zstd(level=1)", "zstd", "deflate")
+    quick = ("lz4", "zstd(level=1)")
     return [
-        Serve(work, image, "lz4", quick=True),
-        Serve(work, image, "lz4hc", quick=False),
-        Serve(work, image, "zstd(level=1)", quick=True),
-        Serve(work, image, "zstd", quick=False),
-        Serve(work, image, "deflate", quick=False),
-        Plugin(work, image, "lz4", quick=True),
-        Plugin(work, image, "zstd", quick=False),
+        *(Serve(work, image, name, quick=name in quick) for name in algorithms),
+        *(Plugin(work, image, name, quick=name == "lz4") for name in algorithms),
         Nbdkit(work, image, "nbdkit memory", *memory, quick=True),
         Nbdkit(work, image, "nbdkit memory malloc", *memory, "allocator=malloc", quick=False),
         Nbdkit(work, image, "nbdkit memory zstd", *memory, "allocator=zstd", quick=True),
         Nbdkit(work, image, "idle Python plugin", *idle, quick=True),
+        Nbdkit(work, image, "idle Python plugin, threads kept", *idle, "keep=1", quick=False),
         Qemu(work, image),
         KernelZram(work, image),
         Up(work, image, "loop"),

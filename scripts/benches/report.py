@@ -116,12 +116,13 @@ def markdown(
         those("4 KiB random read, "),
         those("4 KiB random write, "),
     )
-    mixed = [m for m in read if not m.endswith(("connection", "connections"))]
-    read = [m for m in read if m not in mixed]
+    mixed = [m for m in (*read, *write) if not m.endswith(("connection", "connections"))]
+    read, write = ([m for m in of if m not in mixed] for of in (read, write))
     single = [m for m in (*read, *write) if m.endswith("flight, 1 connection")]
     weight = w.Weight().measure
     percentiles = {w.P50: "p50", w.P99: "p99", w.P999: "p99.9"}
     cpu = {w.SERVER_CPU: "server", w.CLIENT_CPU: "client"}
+    request_cpu = {w.SERVER_REQUEST: "server", w.CLIENT_REQUEST: "client"}
     weights = {
         w.EMPTY: "empty, MiB",
         w.RAM: "filled, MiB",
@@ -145,9 +146,7 @@ def markdown(
         "4 KiB random writes, thousand a second": _by_peer(
             results, write, {w.IOPS: ""}, "4 KiB random write, ", 1000
         ),
-        "4 KiB, CPU of the server, µs a request": _by_peer(
-            results, single, {w.REQUEST_CPU: ""}, "4 KiB random "
-        ),
+        "4 KiB, CPU, µs a request": _by_peer(results, single, request_cpu, "4 KiB random "),
         **{
             f"4 KiB random {way}s, latency, µs": _by_peer(
                 results, [m for m in single if m in of], percentiles, f"4 KiB random {way}, "
@@ -161,7 +160,7 @@ def markdown(
             table(["zramd serve lz4", *percentiles.values()], mixed_rows) if mixed_rows else []
         ),
         "Commands, seconds": _by_peer(results, those("time of "), {w.SECONDS: ""}, "time of "),
-        "Parts, and pairs that run alternately": _parts(told["parts"]),
+        "Parts of zramd": _parts(told["parts"]),
         "Failed": [f"- {measure}, {peer}: {why}" for (measure, peer), why in results.failed.items()]
         + [f"- {group}: {why}" for group, why in told["failed parts"].items()],
         "Left out": [f"- {peer}: {why}" for peer, why in told["left out"].items()],

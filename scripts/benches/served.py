@@ -1,12 +1,6 @@
-"""Rows of zramd as a server, each by itself or with one other: what an idle one takes, how long a
-killed worker is missed, and 4 KiB requests with 16 in flight in pairs that run alternately.
+"""Rows of `zramd serve` by itself: what an idle one takes, and how long a killed one is missed."""
 
-fio's client runs on the last CPU and the server under test on the first, where there are two.
-"""
-
-import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import lz4.block
 
 from scripts.benches.peers import connected
 from zramd.nbd.wire import NBD_CMD_READ, NBD_CMD_WRITE, SIMPLE_REPLY, pack_request
@@ -98,74 +90,19 @@ def measure_idle(
     yield what, "<= 60", [resident() for _ in range(rounds)]
 
 
-def measure_servers(
-    corpus: bytes, rounds: int, seconds: int
-) -> Iterator[tuple[str, str, list[float]]]:
-    size = len(corpus)
-    ratio = sum(len(lz4.block.compress(corpus[at : at + PAGE])) for at in range(0, size, PAGE * 64))
-    percent = max(0, 100 - round(100 * ratio / (size / 64)))
-    with tempfile.TemporaryDirectory(prefix="zramd-bench.") as name:
-        folder = Path(name)
-        image = folder / "corpus"
-        image.write_bytes(corpus)
-        memory = [nbdkit(), "memory", str(size)]
-        plugin = [nbdkit(), "-t", "1", "python", str(ROOT / "nbd_plugin.py")]
-        device = ["name=bench", f"disksize={size}"]
-        with (
-            server(folder / "ours", serve(folder, size)) as ours,
-            server(folder / "mem", memory) as mem,
-            server(folder / "zstd", [*memory, "allocator=zstd"]) as zstd,
-            server(folder / "plug", plugin + device) as plug,
-        ):
-            for uri in (ours, mem, zstd, plug):
-                subprocess.run(["nbdcopy", str(image), uri], check=True)
-
-            def iops(uri: str, mode: str) -> float:
-                return fio(uri, mode, size, seconds, percent)
-
-            def compare(mode: str, one: str, other: str) -> list[float]:
-                return [iops(one, mode) / iops(other, mode) for _ in range(rounds)]
-
-            what = "4 KiB random {}, 16 in flight: {}"
-            yield (
-                what.format("writes", "zramd serve / nbdkit memory allocator=zstd"),
-                ">= 4.0",
-                compare("randwrite", ours, zstd),
-            )
-            yield (
-                what.format("reads", "zramd serve / nbdkit memory (no compression)"),
-                ">= 0.90",
-                compare("randread", ours, mem),
-            )
-            for mode in ("randwrite", "randread"):
-                yield (
-                    what.format(mode.removeprefix("rand") + "s", "nbd_plugin.py / zramd serve"),
-                    "",
-                    compare(mode, plug, ours),
-                )
-
-
-def nbdkit() -> str:
-    return shutil.which("nbdkit") or sys.exit("bench: nbdkit is not installed")
-
-
 def serve(folder: Path, size: int) -> list[str]:
     return [sys.executable, "-m", "zramd.cli", "serve", "bench", "--disksize", str(size)]
 
 
 @contextmanager
 def server(folder: Path, command: list[str]) -> Iterator[str]:
-    """Run one server pinned to the first CPU; gives its URI."""
+    """Run one, pinned to the first CPU; gives its URI."""
     folder.mkdir()
     path = folder / "bench" / "nbd.sock"
-    environment = os.environ | {"ZRAMD_RUNTIME_DIR": str(folder), "VIRTUAL_ENV": sys.prefix}
-    if Path(command[0]).name == "nbdkit":
-        path = folder / "socket"
-        command = [command[0], "-f", "-U", str(path), *command[1:]]
     log = (folder / "log").open("wb")
     process = subprocess.Popen(
         ["taskset", "-c", str(min(os.sched_getaffinity(0))), *command],
-        env=environment,
+        env=os.environ | {"ZRAMD_RUNTIME_DIR": str(folder)},
         stderr=log,
     )
     try:
@@ -183,17 +120,3 @@ def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]") ->
         if process.poll() is not None or time.monotonic() > deadline:
             sys.exit(f"bench: {process.args!r} did not start")
         time.sleep(0.05)
-
-
-def fio(uri: str, mode: str, size: int, seconds: int, percent: int, jobs: int = 1) -> float:
-    """IOPS of one run; `jobs` connections."""
-    command = (
-        f"taskset -c {max(os.sched_getaffinity(0))} fio --name=bench --ioengine=nbd --uri={uri}"
-        f" --rw={mode} --bs=4k --iodepth=16 --size={size} --norandommap"
-        f" --time_based --runtime={seconds} --output-format=json"
-        f" --buffer_compress_percentage={percent} --refill_buffers"
-        f" --numjobs={jobs} --group_reporting"
-    )
-    done = subprocess.run(command.split(), check=True, capture_output=True, text=True)
-    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    return float(job[mode.removeprefix("rand")]["iops"])

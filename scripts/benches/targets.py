@@ -68,8 +68,8 @@ def _versus(measure: str, unit: str, one: str, other: str, **bound: float) -> Ta
     return Target(measure, other, (measure, one, unit), (measure, other, unit), **bound)  # type: ignore[arg-type]
 
 
-def _added(depth: int, what: str, baseline: str) -> Target:
-    one, other = (f"4 KiB random read, {depth} in flight, {how}" for how in (what, baseline))
+def _added(way: str, depth: int, what: str, baseline: str) -> Target:
+    one, other = (f"4 KiB random {way}, {depth} in flight, {how}" for how in (what, baseline))
     return Target(
         what=f"added to the 99th percentile: {one}",
         against=baseline,
@@ -94,6 +94,7 @@ TARGETS = [
         other=(_WEIGHT, _MEMORY_ZSTD, w.PER_BYTE),
         at_most=1.2,
     ),
+    _versus(_random("write", 16), w.IOPS, _LZ4, _MEMORY_ZSTD, at_least=4.0),
     _versus(_random("write", 16), w.IOPS, _LZ4, _MEMORY, at_least=1.0),
     _versus(_random("read", 16), w.IOPS, _LZ4, _MEMORY, at_least=1.2),
     _versus(_random("read", 1), w.IOPS, _LZ4, _MEMORY, at_least=1.5),
@@ -115,7 +116,8 @@ TARGETS = [
         at_most=8,
     ),
     *(
-        _added(depth, what, baseline)
+        _added(way, depth, what, baseline)
+        for way in ("read", "write")
         for depth in (1, 16)
         for what, baseline in (
             ("during snapshots", "alone"),

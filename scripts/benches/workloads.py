@@ -34,7 +34,8 @@ PAGE = 4096
 Figures = dict[str, float]
 
 RATE, SERVER_CPU, CLIENT_CPU = "MiB/s", "server CPU s/GiB", "client CPU s/GiB"
-IOPS, REQUEST_CPU = "IOPS", "server CPU µs/request"
+IOPS = "IOPS"
+SERVER_REQUEST, CLIENT_REQUEST = "server CPU µs/request", "client CPU µs/request"
 P50, P99, P999 = "p50 µs", "p99 µs", "p99.9 µs"
 RAM, EMPTY, PER_BYTE = "RAM MiB", "RAM empty MiB", "RAM grown/stored"
 COMPRESSED, SECONDS = "compressed MiB", "s"
@@ -160,11 +161,12 @@ class Random:
 
     def run(self, peer: Peer, scale: Scale) -> Figures:
         command = _fio(peer, self.way, self.depth, self.connections, scale)
-        _, ours, _, said = _measured(peer, command, scale.seconds + 60)
+        _, ours, theirs, said = _measured(peer, command, scale.seconds + 60)
         if self.way == "write":
             peer.holds = Holds.ANYTHING
         figures, requests = _parsed(said, self.way)
-        return figures | {REQUEST_CPU: 1e6 * ours / max(1, requests)}
+        each = 1e6 / max(1, requests)
+        return figures | {SERVER_REQUEST: each * ours, CLIENT_REQUEST: each * theirs}
 
 
 def _fio(peer: Peer, way: str, depth: int, connections: int, scale: Scale) -> list[str]:
@@ -200,28 +202,34 @@ def _parsed(said: str, way: str) -> tuple[Figures, int]:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Random reads while something else goes on; `beside` prepares it, and gives what is then to
-    be done in a thread until the reads have ended."""
+    """Random requests while something else goes on; `beside` prepares it, and gives what is then
+    to be done in a thread until they have ended."""
 
     what: str
+    way: str
+    """`read` or `write`."""
     depth: int
     beside: Callable[[Serve], Callable[[threading.Event], None]]
     needs: Holds = Holds.CORPUS
+    seconds: float = 2
+    """How long, in those of other jobs; what lasts all the time gets more requests in two."""
 
     @property
     def measure(self) -> str:
-        return f"4 KiB random read, {self.depth} in flight, {self.what}"
+        return f"4 KiB random {self.way}, {self.depth} in flight, {self.what}"
 
     def fits(self, peer: Peer) -> bool:
         return peer.name == "zramd serve lz4"
 
     def run(self, peer: Peer, scale: Scale) -> Figures:
         assert isinstance(peer, Serve)
-        seconds = 2 * scale.seconds
-        command = _fio(peer, "read", self.depth, 1, Scale(seconds, scale.percent))
+        seconds = self.seconds * scale.seconds
+        command = _fio(peer, self.way, self.depth, 1, Scale(seconds, scale.percent))
         with _meanwhile(self.beside(peer)):
             said, _ = client(command, seconds + 60)
-        return _parsed(said, "read")[0]
+        if self.way == "write":
+            peer.holds = Holds.ANYTHING
+        return _parsed(said, self.way)[0]
 
 
 @contextmanager
@@ -276,9 +284,13 @@ def lists(peer: Serve) -> Callable[[threading.Event], None]:
 
 def lists_elsewhere(peer: Serve) -> Callable[[threading.Event], None]:
     """What `lists` takes of the client's CPU, without asking the server."""
+    return lambda done: _repeat(done, lambda: _list_elsewhere(peer))
+
+
+def _list_elsewhere(peer: Serve) -> None:
     nowhere = peer.place / "nowhere"
     nowhere.mkdir(exist_ok=True)
-    return lambda done: _repeat(done, lambda: zramd(peer, "list", ZRAMD_RUNTIME_DIR=str(nowhere)))
+    zramd(peer, "list", ZRAMD_RUNTIME_DIR=str(nowhere))
 
 
 def saves(peer: Serve) -> Callable[[threading.Event], None]:
@@ -302,40 +314,43 @@ def _repeat(done: threading.Event, work: Callable[[], None]) -> None:
 
 
 def compaction(peer: Serve) -> Callable[[threading.Event], None]:
-    """Every other page is discarded while fio reads, and the rest then compacted."""
+    """Every other page is discarded, when fio has connected, and then the rest compacted, if
+    the server has not done so by itself."""
 
     def work(done: threading.Event) -> None:
-        before = _compacted(peer)
-        discards(peer)(done)
-        peer.holds = Holds.ANYTHING
-        zramd(peer, "set", "bench", "compact", "1")
-        if _compacted(peer) == before:
-            raise Failed("nothing was compacted")
+        with Control(peer.place / "bench" / "control") as control:
+            before = control.statistics().pages_compacted
+            peer.holds = Holds.ANYTHING
+            _discard(peer, control, PAGE, done)
+            control.set("compact", "1")
+            if control.statistics().pages_compacted == before:
+                raise Failed("nothing was compacted")
 
     return work
 
 
 def discards(peer: Serve) -> Callable[[threading.Event], None]:
-    """The same discards, which after `compaction` discard nothing."""
+    """As many of half a page, which discard nothing."""
 
     def work(done: threading.Event) -> None:
-        done.wait(0.3)  # fio begins
-        with connected(peer.listening) as sock:
-            requests = [
-                pack_request(NBD_CMD_TRIM, bytes(8), at, PAGE)
-                for at in range(0, peer.size, 2 * PAGE)
-            ]
-            for at in range(0, len(requests), 64):
-                sock.sendall(b"".join(requests[at : at + 64]))
-                expected = SIMPLE_REPLY.size * len(requests[at : at + 64])
-                sock.recv(expected, socket.MSG_WAITALL)
+        with Control(peer.place / "bench" / "control") as control:
+            _discard(peer, control, PAGE // 2, done)
 
     return work
 
 
-def _compacted(peer: Serve) -> int:
-    """Pages that have been moved so far."""
-    return int(peer.statistics("mm_stat").split()[6])
+def _discard(peer: Serve, control: Control, length: int, done: threading.Event) -> None:
+    """Of every other page so many bytes, when fio has connected."""
+    while not control.statistics().openers and not done.wait(0.01):
+        pass
+    with connected(peer.listening) as sock:
+        requests = [
+            pack_request(NBD_CMD_TRIM, bytes(8), at, length) for at in range(0, peer.size, 2 * PAGE)
+        ]
+        for at in range(0, len(requests), 64):
+            sock.sendall(b"".join(requests[at : at + 64]))
+            expected = SIMPLE_REPLY.size * len(requests[at : at + 64])
+            sock.recv(expected, socket.MSG_WAITALL)
 
 
 # The command
@@ -372,14 +387,16 @@ LIST = Command("time of `zramd list` with one device", (*ZRAMD, "list"))
 PASS = Command("time of `python -c pass`", (sys.executable, "-c", "pass"))
 
 
-def mixed(depth: int) -> list[Mixed]:
+def mixed(way: str, depth: int) -> list[Mixed]:
+    """Reads are of the corpus; writes can do with any pages, but a compaction."""
+    needs = Holds.CORPUS if way == "read" else Holds.ANYTHING
     return [
-        Mixed("alone", depth, nothing),
-        Mixed("during snapshots", depth, saves),
-        Mixed("with `zramd list` asking elsewhere", depth, lists_elsewhere),
-        Mixed("with `zramd list` asking it", depth, lists),
-        Mixed("during discards and a compaction", depth, compaction),
-        Mixed("during discards of nothing", depth, discards, Holds.ANYTHING),
+        Mixed("alone", way, depth, nothing, needs),
+        Mixed("during snapshots", way, depth, saves, needs),
+        Mixed("with `zramd list` asking elsewhere", way, depth, lists_elsewhere, needs),
+        Mixed("with `zramd list` asking it", way, depth, lists, needs),
+        Mixed("during discards and a compaction", way, depth, compaction, seconds=1),
+        Mixed("during discards of nothing", way, depth, discards, needs, seconds=1),
     ]
 
 
@@ -394,5 +411,6 @@ def plan(quick: bool) -> list[tuple[list[Workload], int]]:
     for way in ("read", "write"):
         groups += [([Random(way, *how)], 1) for how in jobs]
     groups.append(([LIST, PASS], 2))
-    groups += [(list(mixed(depth)), 2) for depth in ((16,) if quick else (1, 16))]
+    for way in ("read", "write"):
+        groups += [(list(mixed(way, depth)), 2) for depth in ((16,) if quick else (1, 16))]
     return groups
