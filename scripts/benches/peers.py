@@ -245,11 +245,11 @@ class Ours:
     place: Path
 
     def compressed(self) -> int | None:
-        return int(self.statistics("mm_stat").split()[1])
+        with self.control() as control:
+            return control.statistics().compr_data_size
 
-    def statistics(self, attribute: str) -> str:
-        with Control(self.place / _NAME / "control") as control:
-            return control.get(attribute)
+    def control(self) -> Control:
+        return Control(self.place / _NAME / "control")
 
 
 class Serve(Ours, Server):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from scripts.benches import machine
@@ -202,14 +203,13 @@ def _parsed(said: str, way: str) -> tuple[Figures, int]:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Random requests while something else goes on; `beside` prepares it, and gives what is then
-    to be done in a thread until they have ended."""
+    """Random requests while `beside` does something else in a thread, until they have ended."""
 
     what: str
     way: str
     """`read` or `write`."""
     depth: int
-    beside: Callable[[Serve], Callable[[threading.Event], None]]
+    beside: Callable[[Serve, threading.Event], None]
     needs: Holds = Holds.CORPUS
     seconds: float = 2
     """How long, in those of other jobs; what lasts all the time gets more requests in two."""
@@ -225,7 +225,7 @@ class Mixed:
         assert isinstance(peer, Serve)
         seconds = self.seconds * scale.seconds
         command = _fio(peer, self.way, self.depth, 1, Scale(seconds, scale.percent))
-        with _meanwhile(self.beside(peer)):
+        with _meanwhile(partial(self.beside, peer)):
             said, _ = client(command, seconds + 60)
         if self.way == "write":
             peer.holds = Holds.ANYTHING
@@ -274,38 +274,30 @@ ZRAMD = (sys.executable, "-c", "from zramd.cli import main; main()")
 """What the command `zramd` does, of this checkout."""
 
 
-def nothing(peer: Serve) -> Callable[[threading.Event], None]:
-    return lambda done: None
+def nothing(peer: Serve, done: threading.Event) -> None:
+    pass
 
 
-def lists(peer: Serve) -> Callable[[threading.Event], None]:
-    return lambda done: _repeat(done, lambda: zramd(peer, "list"))
+def lists(peer: Serve, done: threading.Event) -> None:
+    _repeat(done, lambda: zramd(peer, "list"))
 
 
-def lists_elsewhere(peer: Serve) -> Callable[[threading.Event], None]:
+def lists_elsewhere(peer: Serve, done: threading.Event) -> None:
     """What `lists` takes of the client's CPU, without asking the server."""
-    return lambda done: _repeat(done, lambda: _list_elsewhere(peer))
-
-
-def _list_elsewhere(peer: Serve) -> None:
     nowhere = peer.place / "nowhere"
     nowhere.mkdir(exist_ok=True)
-    zramd(peer, "list", ZRAMD_RUNTIME_DIR=str(nowhere))
+    _repeat(done, lambda: zramd(peer, "list", ZRAMD_RUNTIME_DIR=str(nowhere)))
 
 
-def saves(peer: Serve) -> Callable[[threading.Event], None]:
+def saves(peer: Serve, done: threading.Event) -> None:
     """By one client that stays: commands would take the client's CPU, milliseconds of each."""
+    with peer.control() as control:
 
-    def work(done: threading.Event) -> None:
-        with Control(peer.place / "bench" / "control") as control:
+        def save() -> None:
+            with tempfile.TemporaryFile(dir=peer.place) as file:
+                control.save(file.fileno())
 
-            def save() -> None:
-                with tempfile.TemporaryFile(dir=peer.place) as file:
-                    control.save(file.fileno())
-
-            _repeat(done, save)
-
-    return work
+        _repeat(done, save)
 
 
 def _repeat(done: threading.Event, work: Callable[[], None]) -> None:
@@ -313,30 +305,22 @@ def _repeat(done: threading.Event, work: Callable[[], None]) -> None:
         work()
 
 
-def compaction(peer: Serve) -> Callable[[threading.Event], None]:
-    """Every other page is discarded, when fio has connected, and then the rest compacted, if
-    the server has not done so by itself."""
-
-    def work(done: threading.Event) -> None:
-        with Control(peer.place / "bench" / "control") as control:
-            before = control.statistics().pages_compacted
-            peer.holds = Holds.ANYTHING
-            _discard(peer, control, PAGE, done)
-            control.set("compact", "1")
-            if control.statistics().pages_compacted == before:
-                raise Failed("nothing was compacted")
-
-    return work
+def compaction(peer: Serve, done: threading.Event) -> None:
+    """Every other page is discarded when fio has connected, and then the rest compacted, if the
+    server has not done so by itself."""
+    with peer.control() as control:
+        before = control.statistics().pages_compacted
+        peer.holds = Holds.ANYTHING
+        _discard(peer, control, PAGE, done)
+        control.set("compact", "1")
+        if control.statistics().pages_compacted == before:
+            raise Failed("nothing was compacted")
 
 
-def discards(peer: Serve) -> Callable[[threading.Event], None]:
+def discards(peer: Serve, done: threading.Event) -> None:
     """As many of half a page, which discard nothing."""
-
-    def work(done: threading.Event) -> None:
-        with Control(peer.place / "bench" / "control") as control:
-            _discard(peer, control, PAGE // 2, done)
-
-    return work
+    with peer.control() as control:
+        _discard(peer, control, PAGE // 2, done)
 
 
 def _discard(peer: Serve, control: Control, length: int, done: threading.Event) -> None:
