@@ -1,19 +1,19 @@
 """Rows of connections: what an idle one costs in memory and to others, and structured replies
 beside simple ones."""
 
-import json
 import os
 import random
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from scripts.benches.machine import client
 from scripts.benches.peers import connected
 from scripts.benches.served import ask, serve, server
+from scripts.benches.workloads import IOPS, Scale, fio, over_nbd, parsed
 from tests.nbd.hostile import memory_per_idle_connection
 from zramd.nbd.client import negotiate
 from zramd.nbd.wire import (
@@ -71,7 +71,9 @@ def measure_connections(
                     for _ in range(idle):
                         sock = idlers.enter_context(connected(path))
                         ask(sock, NBD_CMD_READ, 0, PAGE)
-                    return fio_reads_a_second(ours, len(part), seconds)
+                    command = fio(over_nbd(ours), len(part), "read", 16, BUSY, Scale(seconds, 0))
+                    said, _ = client(command, seconds + 60)
+                    return parsed(said, "read")[0][IOPS]
 
             yield (
                 f"4 KiB random reads by {BUSY} connections, with {IDLE} idle ones / alone",
@@ -79,17 +81,6 @@ def measure_connections(
                 [busy(IDLE) / busy(0) for _ in range(rounds)],
             )
             os.sched_setaffinity(0, range(os.cpu_count() or 1))
-
-
-def fio_reads_a_second(uri: str, size: int, seconds: int) -> float:
-    """Of 4 KiB, at random, 16 in flight on each of BUSY connections."""
-    command = (
-        f"fio --name=bench --ioengine=nbd --uri={uri} --rw=randread --bs=4k --iodepth=16"
-        f" --size={size} --norandommap --time_based --runtime={seconds} --output-format=json"
-        f" --numjobs={BUSY} --group_reporting"
-    )
-    done = subprocess.run(command.split(), check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["iops"])
 
 
 def reads_a_second(path: Path, pages: list[int], seconds: int, *, structured: bool) -> float:

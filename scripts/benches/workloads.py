@@ -161,30 +161,39 @@ class Random:
         return True
 
     def run(self, peer: Peer, scale: Scale) -> Figures:
-        command = _fio(peer, self.way, self.depth, self.connections, scale)
+        command = fio(_target(peer), peer.size, self.way, self.depth, self.connections, scale)
         _, ours, theirs, said = _measured(peer, command, scale.seconds + 60)
         if self.way == "write":
             peer.holds = Holds.ANYTHING
-        figures, requests = _parsed(said, self.way)
+        figures, requests = parsed(said, self.way)
         each = 1e6 / max(1, requests)
         return figures | {SERVER_REQUEST: each * ours, CLIENT_REQUEST: each * theirs}
 
 
-def _fio(peer: Peer, way: str, depth: int, connections: int, scale: Scale) -> list[str]:
+def _target(peer: Peer) -> list[str]:
     if peer.node:
-        target = ["--ioengine=libaio", "--direct=1", f"--filename={peer.node}"]
-    else:
-        target = ["--ioengine=nbd", f"--uri={peer.uri}"]
+        return ["--ioengine=libaio", "--direct=1", f"--filename={peer.node}"]
+    return over_nbd(peer.uri)
+
+
+def over_nbd(uri: str) -> list[str]:
+    return ["--ioengine=nbd", f"--uri={uri}"]
+
+
+def fio(
+    target: list[str], size: int, way: str, depth: int, connections: int, scale: Scale
+) -> list[str]:
+    """The command; `parsed` reads what it prints."""
     return [
         *("fio", "--name=bench", *target, f"--rw=rand{way}", "--bs=4k", f"--iodepth={depth}"),
-        *(f"--numjobs={connections}", "--group_reporting", f"--size={peer.size}"),
+        *(f"--numjobs={connections}", "--group_reporting", f"--size={size}"),
         *("--norandommap", "--time_based", f"--runtime={round(1000 * scale.seconds)}ms"),
         *(f"--buffer_compress_percentage={scale.percent}", "--buffer_compress_chunk=4096"),
         *("--refill_buffers", "--percentile_list=50:99:99.9", "--output-format=json"),
     ]
 
 
-def _parsed(said: str, way: str) -> tuple[Figures, int]:
+def parsed(said: str, way: str) -> tuple[Figures, int]:
     """Of fio's JSON, before which it may talk; and the number of requests."""
     job: dict[str, Any] = json.loads(said[said.index("{") :])["jobs"][0]
     if job["error"]:
@@ -224,12 +233,13 @@ class Mixed:
     def run(self, peer: Peer, scale: Scale) -> Figures:
         assert isinstance(peer, Serve)
         seconds = self.seconds * scale.seconds
-        command = _fio(peer, self.way, self.depth, 1, Scale(seconds, scale.percent))
+        its = Scale(seconds, scale.percent)
+        command = fio(_target(peer), peer.size, self.way, self.depth, 1, its)
         with _meanwhile(partial(self.beside, peer)):
             said, _ = client(command, seconds + 60)
         if self.way == "write":
             peer.holds = Holds.ANYTHING
-        return _parsed(said, self.way)[0]
+        return parsed(said, self.way)[0]
 
 
 @contextmanager
