@@ -235,9 +235,10 @@ def test_who_dies_at_its_turn_is_followed_by_a_worker_of_the_old_code(start, mon
     is_as_before(server, server.worker)
 
 
-@pytest.mark.parametrize("when", ["loading", "leaving", "at its turn"])
+@pytest.mark.parametrize("when", ["loading", "loaded", "leaving", "at its turn"])
 def test_a_worker_that_is_killed_meanwhile_costs_no_page(start, when):
     server = start()
+    supervisor = server.process.pid
     write(server)
     before = server.worker
     if when == "at its turn":
@@ -245,17 +246,23 @@ def test_a_worker_that_is_killed_meanwhile_costs_no_page(start, when):
         wait_for(lambda: not lives(before))
         os.kill(candidate, signal.SIGKILL)
     else:
-        what = SAYS_THAT_IT_HAS_LOADED if when == "leaving" else SLEEPS_AS_CANDIDATE
+        what = SLEEPS_AS_CANDIDATE if when == "loading" else SAYS_THAT_IT_HAS_LOADED
         thread, failed = ask_beside(server, what)
         (candidate,) = candidates(server)
-        if when == "leaving":  # it learns that it is to leave, and cannot
+        if when == "loaded":  # the supervisor hears of both at once
+            os.kill(supervisor, signal.SIGSTOP)
+        elif when == "leaving":  # the worker learns that it is to leave, and cannot
             os.kill(before, signal.SIGSTOP)
+        if when != "loading":
             wait_for((server.paths.dir.parent / "loaded").exists)
         os.kill(before, signal.SIGKILL)
+        if when == "loaded":
+            wait_for(lambda: not lives(before))
+            os.kill(supervisor, signal.SIGCONT)
         thread.join()
         assert failed
-    wait_for(lambda: server.worker not in (before, server.process.pid))
-    assert (server.worker == candidate) == (when == "leaving")
+    wait_for(lambda: server.worker not in (before, supervisor))
+    assert (server.worker == candidate) == (when in ("loaded", "leaving"))
     is_as_before(server, server.worker)
 
 

@@ -363,7 +363,10 @@ class _Supervisor:
     def _give_turn(self) -> bool:
         """Move 6. Whether there is a candidate that has been waiting for this, and lives."""
         candidate = self._candidate
-        if candidate is None or not candidate.loaded:
+        if candidate is None or self._has_turn:
+            return False
+        # It may have loaded, or failed, since we looked last.
+        if candidate.look() is not None or not candidate.loaded:
             return False
         try:
             candidate.go(self.kept.descriptors)
