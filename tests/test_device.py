@@ -356,15 +356,15 @@ def test_without_a_disksize_nothing_is_sparse_and_compact_is_einval(zram):
     assert zram._gate.inside() == []
 
 
-def test_a_reset_ends_a_compaction_at_its_next_table_page(zram, monkeypatch):
+def test_a_reset_ends_a_compaction_at_its_next_piece(zram, monkeypatch):
     sparse(zram)  # four table pages
     meta = zram._meta
     reached, go, moved, ended = threading.Event(), threading.Event(), [], []
     move = compaction._move
 
-    def slow_move(arena, pool, page, slot_lock) -> None:
-        move(arena, pool, page, slot_lock)
-        moved.append(page)
+    def slow_move(*at) -> None:
+        move(*at)
+        moved.append(at[2:4])
         reached.set()
         assert go.wait(DEADLINE)
 
@@ -384,7 +384,7 @@ def test_a_reset_ends_a_compaction_at_its_next_table_page(zram, monkeypatch):
     for thread in (compactor, resetter):
         thread.join(DEADLINE)
         assert not thread.is_alive()
-    assert moved == [0]
+    assert moved == [(0, 0)]
     assert [error for error, *_ in ended] == [errno.EIO]
     assert state(zram) == FRESH
     zram.init(1 << 20)
@@ -423,7 +423,7 @@ def test_a_reset_does_not_wait_for_the_compaction_of_a_write_that_found_no_room(
 
     def slow_move(*at) -> None:
         move(*at)
-        moved.append(at[2])
+        moved.append(at[2:4])
         reached.set()
         assert go.wait(DEADLINE)
 
@@ -443,7 +443,7 @@ def test_a_reset_does_not_wait_for_the_compaction_of_a_write_that_found_no_room(
         thread.join(DEADLINE)
         assert not thread.is_alive()
     assert failed == [1]
-    assert moved == [0]
+    assert moved == [(0, 0)]
     assert state(zram) == FRESH
 
 

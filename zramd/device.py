@@ -403,7 +403,7 @@ class Zram:
     def compact(self) -> None:
         """Move what is stored together, so that memory goes back to the system.
 
-        A request like any other, but that it ends when a reset comes: at the next table page, with
+        A request like any other, but that it ends when a reset comes, within 128 slots, with
         NotInitialised, and nothing is wrong then. Raises BadValue without a disksize.
         """
         try:

@@ -263,9 +263,25 @@ class Serve(Ours, Server):
     def listening(self) -> Path:
         return self.place / _NAME / "nbd.sock"
 
+    program_is = ("-m", "zramd.cli")
+
     def command(self) -> list[str]:
         how = ["--disksize", str(self.size), "--algorithm", self._algorithm]
-        return [sys.executable, "-m", "zramd.cli", "serve", _NAME, *how]
+        return [sys.executable, *self.program_is, "serve", _NAME, *how]
+
+
+class Still(Serve):
+    """One with lz4 that is compacted when it is told to, and not by itself."""
+
+    program_is = (
+        "-c",
+        "from zramd.service import upkeep; upkeep.INTERVAL_S = 1e9\n"
+        "from zramd.cli import main; main()",
+    )
+
+    def __init__(self, work: Path, image: Path) -> None:
+        super().__init__(work, image, "lz4, still", quick=False)
+        self._algorithm = "lz4"
 
 
 class Plugin(Ours, Server):

@@ -122,7 +122,7 @@ TARGETS = [
         for what, baseline in (
             ("during snapshots", "alone"),
             ("with `zramd list` asking it", "with `zramd list` asking elsewhere"),
-            ("during discards and a compaction", "during discards of nothing"),
+            ("during a compaction", "sparse"),
         )
     ),
 ]

@@ -9,6 +9,7 @@ than real data. What it reads is the corpus.
 """
 
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -24,8 +25,7 @@ from typing import Any, Protocol
 
 from scripts.benches import machine
 from scripts.benches.machine import Failed, client
-from scripts.benches.peers import Holds, Peer, Serve, Server, connected
-from zramd.control.client import Control
+from scripts.benches.peers import Holds, Peer, Serve, Server, Still, connected
 from zramd.nbd.wire import NBD_CMD_TRIM, SIMPLE_REPLY, pack_request
 
 MIB = 1 << 20
@@ -221,7 +221,7 @@ class Mixed:
     beside: Callable[[Serve, threading.Event], None]
     needs: Holds = Holds.CORPUS
     seconds: float = 2
-    """How long, in those of other jobs; what lasts all the time gets more requests in two."""
+    """How long, in those of other jobs."""
 
     @property
     def measure(self) -> str:
@@ -242,14 +242,33 @@ class Mixed:
         return parsed(said, self.way)[0]
 
 
+@dataclass(frozen=True)
+class Sparse(Mixed):
+    """The same with a server of its own that holds every other page of the corpus, and for no
+    longer than a compaction takes, or the requests after it would be judged as well."""
+
+    needs: Holds = Holds.ANYTHING
+    seconds: float = 0.25
+
+    def run(self, peer: Peer, scale: Scale) -> Figures:
+        sparse = Still(peer.place.parent, peer.image)
+        try:
+            sparse.ready(Holds.CORPUS)
+            _make_sparse(sparse)
+            return super().run(sparse, scale)
+        finally:
+            sparse.stop()
+
+
 @contextmanager
 def _meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Do this in a thread; what it raises is raised here."""
+    """Do this in a thread, where clients run; what it raises is raised here."""
     done = threading.Event()
     raised: list[BaseException] = []
 
     def run() -> None:
         try:
+            os.sched_setaffinity(0, machine.CLIENTS)
             work(done)
         except BaseException as error:
             raised.append(error)
@@ -316,35 +335,23 @@ def _repeat(done: threading.Event, work: Callable[[], None]) -> None:
 
 
 def compaction(peer: Serve, done: threading.Event) -> None:
-    """Every other page is discarded when fio has connected, and then the rest compacted, if the
-    server has not done so by itself."""
+    """One, as soon as fio has connected."""
     with peer.control() as control:
         before = control.statistics().pages_compacted
-        peer.holds = Holds.ANYTHING
-        _discard(peer, control, PAGE, done)
+        while not control.statistics().openers and not done.wait(0.001):
+            pass
         control.set("compact", "1")
         if control.statistics().pages_compacted == before:
             raise Failed("nothing was compacted")
 
 
-def discards(peer: Serve, done: threading.Event) -> None:
-    """As many of half a page, which discard nothing."""
-    with peer.control() as control:
-        _discard(peer, control, PAGE // 2, done)
-
-
-def _discard(peer: Serve, control: Control, length: int, done: threading.Event) -> None:
-    """Of every other page so many bytes, when fio has connected."""
-    while not control.statistics().openers and not done.wait(0.01):
-        pass
+def _make_sparse(peer: Serve) -> None:
+    """Discard every other page."""
     with connected(peer.listening) as sock:
-        requests = [
-            pack_request(NBD_CMD_TRIM, bytes(8), at, length) for at in range(0, peer.size, 2 * PAGE)
-        ]
-        for at in range(0, len(requests), 64):
-            sock.sendall(b"".join(requests[at : at + 64]))
-            expected = SIMPLE_REPLY.size * len(requests[at : at + 64])
-            sock.recv(expected, socket.MSG_WAITALL)
+        for at in range(0, peer.size, 2 * PAGE):
+            sock.sendall(pack_request(NBD_CMD_TRIM, bytes(8), at, PAGE))
+            if len(sock.recv(SIMPLE_REPLY.size, socket.MSG_WAITALL)) < SIMPLE_REPLY.size:
+                raise Failed("the server has gone")
 
 
 # The command
@@ -382,15 +389,15 @@ PASS = Command("time of `python -c pass`", (sys.executable, "-c", "pass"))
 
 
 def mixed(way: str, depth: int) -> list[Mixed]:
-    """Reads are of the corpus; writes can do with any pages, but a compaction."""
+    """Reads are of the corpus; writes can do with any pages."""
     needs = Holds.CORPUS if way == "read" else Holds.ANYTHING
     return [
         Mixed("alone", way, depth, nothing, needs),
         Mixed("during snapshots", way, depth, saves, needs),
         Mixed("with `zramd list` asking elsewhere", way, depth, lists_elsewhere, needs),
         Mixed("with `zramd list` asking it", way, depth, lists, needs),
-        Mixed("during discards and a compaction", way, depth, compaction, seconds=1),
-        Mixed("during discards of nothing", way, depth, discards, needs, seconds=1),
+        Sparse("sparse", way, depth, nothing),
+        Sparse("during a compaction", way, depth, compaction),
     ]
 
 

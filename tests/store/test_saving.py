@@ -26,6 +26,7 @@ from zramd.errors import DeviceBusy, NotInitialised, SaveFailed, StoreFull
 from zramd.store import PAGE, SPAN
 from zramd.store.arena import Arena
 from zramd.store.image import unpack
+from zramd.store.pace import Hurry, Pace
 from zramd.store.pages import Pages
 from zramd.store.pool import PART
 from zramd.store.saving import Saving
@@ -489,9 +490,14 @@ def full_of_noise(**options) -> tuple[Pages, int]:
 @pytest.mark.parametrize("aborted", [False, True])
 @pytest.mark.parametrize("options", LIMITS)
 @pytest.mark.parametrize("part", [False, True])
-def test_a_write_that_finds_no_room_for_what_a_save_holds_waits(options, aborted, part):
+def test_a_write_that_finds_no_room_for_what_a_save_holds_waits(
+    options, aborted, part, monkeypatch
+):
     """Without the save, what is discarded first makes the room."""
+    hurried = []
+    monkeypatch.setattr(Pace, "keep", lambda self: hurried.append(bool(self._hurry)))
     pages, slots = full_of_noise(**options)
+    hurried.clear()  # filling it has compacted it
     content = whole(pages)
     slow = Slow(pages)
     pages.discard(0, 20 * PAGE)
@@ -501,6 +507,8 @@ def test_a_write_that_finds_no_room_for_what_a_save_holds_waits(options, aborted
     raised = slow.go_on(NotInitialised("a reset") if aborted else None)
     assert end() is None
     assert isinstance(raised, NotInitialised) if aborted else raised is None
+    assert aborted or hurried[0]
+    assert not pages._in_need
     if part:
         assert pages.read(where, PAGE) == noise(1000)
     else:
@@ -607,7 +615,7 @@ class SavedUntilLookedAt(Pages):
 def test_a_write_that_has_seen_a_save_that_has_ended_goes_on():
     pages = SavedUntilLookedAt(Arena(PAGE, "lz4"), Comp(Algorithm("lz4")))
     pages.write(0, noise(1))
-    saving = Saving(pages.arena, pages.pool)
+    saving = Saving(pages.arena, pages.pool, Pace(Hurry()))
     saving.begin(pages._slot_locks, lambda now: None)
     pages._saving = saving
     pages.write(0, noise(2))

@@ -50,8 +50,8 @@ from zramd.store.header import MAGIC, RUN_AT, RUN_SIZE, SNAPSHOT_MAGIC, Header
 from zramd.store.zcomp import Algorithm, Buffer
 
 BLOCK: Final = 1 << 20
-"""Copied, counted and written in one go. In blocks of a span a save beside a thread that writes got
-an eighth of the speed, as each call waits for the GIL."""
+"""The longest. In blocks of a span a save beside a thread that writes got an eighth of the speed,
+as each call waits for the GIL."""
 
 _ENTRY: Final = struct.Struct("<QQQ")
 _END: Final = struct.Struct("<QQQ8s")

@@ -41,6 +41,7 @@ from zramd.store.arena import Arena
 from zramd.store.compaction import empty_leaving_spans
 from zramd.store.header import COMPACTED, HUGE_SINCE
 from zramd.store.image import seal
+from zramd.store.pace import Hurry, Pace
 from zramd.store.pool import CLASSES, Pool
 from zramd.store.saving import PATIENCE_S, Saving
 from zramd.store.table import (
@@ -117,6 +118,7 @@ class Pages:
         self.checkpoint: Callable[[], None] = lambda: None
         """Called now and then by what takes long, with no slot lock held; what it raises ends that,
         and the write that has waited for it."""
+        self._in_need = Hurry()  # who has found no room
         self._full = False  # no empty slot is filled any more
         self._compaction = threading.Lock()  # before the slot locks; held by the one who compacts
         self._one_save = threading.Lock()  # held by the one who saves
@@ -452,7 +454,8 @@ class Pages:
         """Returns how many pages went back."""
         try:
             self.pool.begin_compaction()
-            empty_leaving_spans(self.arena, self.pool, self._slot_locks, self.checkpoint)
+            locks, pace = self._slot_locks, Pace(self._in_need)
+            empty_leaving_spans(self.arena, self.pool, locks, self.checkpoint, pace)
         finally:
             given_back = self.pool.end_compaction()
             with self._count_lock:
@@ -476,7 +479,7 @@ class Pages:
         """
         if nowait:
             raise BlockingIOError("this write may take a compaction")
-        with self._compaction:
+        with self._in_need, self._compaction:
             larger, least = False, max(SPAN, self.arena.used // _WORTH_SHARE)
             until = time.monotonic() + PATIENCE_S
             while True:
@@ -515,7 +518,7 @@ class Pages:
             raise DeviceBusy(
                 "a snapshot is being made already", hint="try again when that has ended"
             )
-        saving = Saving(self.arena, self.pool)
+        saving = Saving(self.arena, self.pool, Pace(self._in_need))
 
         def publish(now: Saving | None) -> None:
             self._saving = now
