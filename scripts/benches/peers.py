@@ -254,34 +254,31 @@ class Ours:
 
 class Serve(Ours, Server):
     program = sys.executable
+    kind = "zramd serve"
+    runs = ("-m", "zramd.cli")
 
     def __init__(self, work: Path, image: Path, algorithm: str, *, quick: bool) -> None:
-        self.name, self.quick, self._algorithm = f"zramd serve {algorithm}", quick, algorithm
+        self.name, self.quick, self._algorithm = f"{self.kind} {algorithm}", quick, algorithm
         super().__init__(work, image)
 
     @property
     def listening(self) -> Path:
         return self.place / _NAME / "nbd.sock"
 
-    program_is = ("-m", "zramd.cli")
-
     def command(self) -> list[str]:
         how = ["--disksize", str(self.size), "--algorithm", self._algorithm]
-        return [sys.executable, *self.program_is, "serve", _NAME, *how]
+        return [sys.executable, *self.runs, "serve", _NAME, *how]
 
 
 class Still(Serve):
-    """One with lz4 that is compacted when it is told to, and not by itself."""
+    """One that is compacted when it is told to, and not by itself."""
 
-    program_is = (
+    kind = "still zramd serve"
+    runs = (
         "-c",
         "from zramd.service import upkeep; upkeep.INTERVAL_S = 1e9\n"
         "from zramd.cli import main; main()",
     )
-
-    def __init__(self, work: Path, image: Path) -> None:
-        super().__init__(work, image, "lz4, still", quick=False)
-        self._algorithm = "lz4"
 
 
 class Plugin(Ours, Server):

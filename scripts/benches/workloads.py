@@ -10,7 +10,6 @@ than real data. What it reads is the corpus.
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,8 @@ from typing import Any, Protocol
 from scripts.benches import machine
 from scripts.benches.machine import Failed, client
 from scripts.benches.peers import Holds, Peer, Serve, Server, Still, connected
-from zramd.nbd.wire import NBD_CMD_TRIM, SIMPLE_REPLY, pack_request
+from scripts.benches.served import ask
+from zramd.nbd.wire import NBD_CMD_TRIM
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -251,7 +251,7 @@ class Sparse(Mixed):
     seconds: float = 0.25
 
     def run(self, peer: Peer, scale: Scale) -> Figures:
-        sparse = Still(peer.place.parent, peer.image)
+        sparse = Still(peer.place.parent, peer.image, "lz4", quick=False)
         try:
             sparse.ready(Holds.CORPUS)
             _make_sparse(sparse)
@@ -349,9 +349,7 @@ def _make_sparse(peer: Serve) -> None:
     """Discard every other page."""
     with connected(peer.listening) as sock:
         for at in range(0, peer.size, 2 * PAGE):
-            sock.sendall(pack_request(NBD_CMD_TRIM, bytes(8), at, PAGE))
-            if len(sock.recv(SIMPLE_REPLY.size, socket.MSG_WAITALL)) < SIMPLE_REPLY.size:
-                raise Failed("the server has gone")
+            ask(sock, NBD_CMD_TRIM, at, PAGE)
 
 
 # The command

@@ -8,8 +8,9 @@ in flight, in milliseconds:
     as it is                      0.6                  0.5             0.75   0.65
     0.1 or 0.5 ms of rest only    1.6                  1.3             1.85   1.6
 
-There the kernel gives the CPU by fair shares: who comes back from each rest after a while of others
-is let in at once, again and again, and they get the rests. So how long these are is what counts.
+There the kernel evens out who has had the CPU for how long. When others have had it for some
+milliseconds, who comes back from a rest is let in at once, again and again: others get the rests,
+and no more. So how long these are is what counts.
 Without any rest, in a real-time class on one CPU, nobody was answered meanwhile.
 """
 
