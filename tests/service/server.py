@@ -100,8 +100,10 @@ def instead(code: str) -> list[str]:
 
 
 def lives(process: int) -> bool:
+    """Whether it or a thread of it does; its parent hears of the last one's end."""
     try:
-        return process != 0 and " Z " not in Path(f"/proc/{process}/stat").read_text()
+        threads = os.listdir(f"/proc/{process}/task")
+        return len(threads) > 1 or " Z " not in Path(f"/proc/{process}/stat").read_text()
     except OSError:
         return False
 

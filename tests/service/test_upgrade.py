@@ -249,7 +249,8 @@ def test_a_worker_that_is_killed_meanwhile_costs_no_page(start, when):
         what = SLEEPS_AS_CANDIDATE if when == "loading" else SAYS_THAT_IT_HAS_LOADED
         thread, failed = ask_beside(server, what)
         (candidate,) = candidates(server)
-        if when == "loaded":  # the supervisor hears of both at once
+        if when == "loaded":  # the supervisor, which waits for either, hears of both at once
+            wait_for(lambda: " S " in Path(f"/proc/{supervisor}/stat").read_text())
             os.kill(supervisor, signal.SIGSTOP)
         elif when == "leaving":  # the worker learns that it is to leave, and cannot
             os.kill(before, signal.SIGSTOP)
