@@ -22,7 +22,10 @@ def server() -> Iterator[Served]:
 
 
 def worker(server: Served) -> int:
-    return int(server.path.with_name("lock").read_text().split()[-1])
+    """Who does the I/O, when it is written down."""
+    lock = server.path.with_name("lock")
+    wait_for(lambda: len(lock.read_text().split()) == 2, "a worker")
+    return int(lock.read_text().split()[1])
 
 
 class QemuIo:

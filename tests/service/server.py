@@ -48,8 +48,6 @@ class Server:
             self.process.stderr.close()
         else:
             wait_for(lambda: self.said(" is served on ") or self.process.poll() is not None)
-        # The supervisor writes down who serves when it has answered him.
-        wait_for(lambda: self.worker != self.process.pid or self.process.poll() is not None)
 
     def said(self, words: str) -> int:
         return self.log.read_text().count(words)

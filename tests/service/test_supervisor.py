@@ -79,13 +79,15 @@ def test_the_sockets_stay_and_who_connects_meanwhile_waits_and_is_not_refused(st
     inode = server.paths.nbd_socket.stat().st_ino
     write(server)
     for _ in range(3):
-        os.kill(server.worker, signal.SIGKILL)
+        before = server.worker
+        os.kill(before, signal.SIGKILL)
         check(server)  # at once
         for address in (UnixAddress(tmp_path / "more.sock"), TcpAddress("127.0.0.1", port)):
             with RawClient(address) as client:
                 assert client.read(0, PAGE) == CONTENTS[0]
         with server.control() as control:
             assert control.statistics().disksize == 64 * MIB
+        wait_for(lambda: server.worker != before)  # noqa: B023 (it waits here)
     assert server.paths.nbd_socket.stat().st_ino == inode
     assert server.end() == 0
     assert list(tmp_path.iterdir()) == []
@@ -386,14 +388,15 @@ main()"""
 def test_who_is_told_to_end_again_and_again_seals_its_file_all_the_same(
     start, tmp_path, monkeypatch, more
 ):
-    file, mark = tmp_path / "arena", tmp_path / "mark"
-    code = f"""import time
+    file, mark, told = tmp_path / "arena", tmp_path / "mark", tmp_path / "told"
+    code = f"""import os, time
 from zramd.cli import main
 from zramd.device import Zram
 close = Zram.close
 def slow(self, **how):
     open({str(mark)!r}, "x")
-    time.sleep(1)
+    while not os.path.exists({str(told)!r}):
+        time.sleep(0.01)
     close(self, **how)
 Zram.close = slow
 main()"""
@@ -404,6 +407,7 @@ main()"""
     for number in (signal.SIGTERM, signal.SIGINT):
         server.process.send_signal(number)
         os.kill(server.worker, number)
+    told.touch()
     assert server.process.wait(30) == 0
     monkeypatch.setattr(zramd.store.image, "run_of", lambda _: b"another boot id!")
     device = Zram("s0", file)

@@ -465,6 +465,28 @@ def upgrades_with_no_pages(server: Server) -> None:
     assert runs_our_command(server.process.pid)
 
 
+def test_who_serves_is_found_at_once_and_after_a_death(start):
+    """Though the supervisor is slow to write it down."""
+    code = """import time
+from zramd.cli import main
+from zramd.service.runtime import Claim
+serve_by = Claim.serve_by
+def slow(self, worker):
+    time.sleep(0.5)
+    serve_by(self, worker)
+Claim.serve_by = slow
+main()"""
+    server = start(starter=instead(code))
+    before = server.worker
+    assert before != server.process.pid
+    write(server)
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: server.said(" is served on ") == 2)
+    assert server.worker == before  # not written down yet
+    upgrade.command.callback("s0")
+    check(server)
+
+
 def test_a_reserved_arena_stays_locked_by_the_supervisor(start):
     server = start("--disksize=64M", "--mem-limit=16M", "--prealloc")
     write(server)

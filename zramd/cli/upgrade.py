@@ -44,7 +44,7 @@ def command(name: str) -> None:
             f"{name} has no worker now that could be replaced",
             hint=f"`kill -HUP {server}` has one started",
         ) from None
-    worker = _next_worker(paths, server, before)
+    worker = _next_worker(paths, server, before, candidate)
     with Control(paths.control_socket) as control:
         is_now, disksize = control.version(), control.statistics().disksize
     if worker != candidate:
@@ -96,10 +96,13 @@ def _program() -> list[str]:
     return [sys.executable, "-P", "-c", code]
 
 
-def _next_worker(paths: Paths, server: int, before: int) -> int:
-    """The worker after `before`, when the server has it written down."""
+def _next_worker(paths: Paths, server: int, before: int, candidate: int) -> int:
+    """The worker after `before`, when the server has it written down. Others that stand there while
+    the candidate lives came before it, after a death."""
     deadline = time.monotonic() + _READY_S
-    while (worker := paths.worker()) in (0, server, before):
+    while (worker := paths.worker()) != candidate and (
+        worker in (0, server, before) or _lives(candidate)
+    ):
         if not _lives(server):
             raise ServerFailed(
                 f"the server of {paths.name} has ended",

@@ -270,7 +270,8 @@ class _Supervisor:
         answer = OK
         try:
             if verb == "ready":
-                pass
+                if not self._relied_on:  # nothing can lie on it yet, and who hears of it may ask
+                    self._held.serve_by(self._worker)
             elif verb == "ending":
                 self._ending = True
             elif verb == "failing":
@@ -302,8 +303,8 @@ class _Supervisor:
             raise
 
     def _begin(self) -> None:
-        """A worker is ready, and has been answered: it does not wait for the files that we touch,
-        whose pages may be on swap that it serves."""
+        """A worker is ready, and has been answered: a later one does not wait for the files that we
+        touch, whose pages may be on swap that it serves."""
         if self._has_turn:
             self._become()
         if self._log is not None and not self._was_ready:
