@@ -15,6 +15,7 @@ from tests.planted import plant
 from zramd.nbd import connection, replies, stream, transmission
 from zramd.nbd.connection import Connection
 from zramd.nbd.negotiation import Negotiation
+from zramd.nbd.piecewise import Piecewise
 from zramd.nbd.stream import Stream
 from zramd.nbd.transmission import Receiver, answer
 from zramd.opener import Opener
@@ -83,7 +84,7 @@ def test_mutations_of_them(target, tmp_path):
 FAULTS = {
     "a reply twice": (
         Connection._worked,
-        ("self._send(reply)\n", "self._send(reply * 2)\n"),
+        ("self._stream.send(reply)\n", "self._stream.send(reply * 2)\n"),
     ),
     "another cookie": (answer, ("form.data(cookie, offset", "form.data(cookie[::-1], offset")),
     "the payload of a refused write is taken for requests": (
@@ -105,7 +106,6 @@ FAULTS = {
     "replies without bound": (
         Connection._has_room,
         ("self._peer_reads\n", "True\n"),
-        ("not self._unsent\n", "True\n"),
     ),
     "requests in flight without bound": (
         Connection._has_room,
@@ -120,6 +120,7 @@ FAULTS = {
         Connection._finish_if_idle,
         ("if not self._ending or self._in_flight:", "if not self._ending:"),
         ("del self._transport\n", "pass\n"),
+        ("del self._stream\n", "pass\n"),
     ),
     "a timer is left": (
         Connection._finish_if_idle,
@@ -212,8 +213,8 @@ FAULTS = {
     "more parts than a socket takes": (Stream.send, ("parts[:_MOST_PARTS]", "parts")),
     "a stream chokes once only": (Stream._writable, ("self._choked = False", "pass")),
     "a stream without the limit that it is given": (
-        Connection._negotiate,
-        ("self._transport.set_write_buffer_limits(high=_BATCH)", "pass"),
+        stream.take_over,
+        ("stream.set_write_buffer_limits(high=batch)", "pass"),
     ),
     "a stream that is lost waits to write": (
         Stream._lose,
@@ -221,53 +222,56 @@ FAULTS = {
     ),
     "what asyncio's transport has not sent is lost": (
         stream.take_over,
-        ("if transport.get_write_buffer_size():", "if False:"),
+        ("or transport.get_write_buffer_size():", "or False:"),
     ),
-    "TLS is left for the socket": (Connection._negotiate, ("if not self._secure:", "if True:")),
+    "TLS is left for the socket": (
+        stream.take_over,
+        ("not transport.can_write_eof()", "False"),
+    ),
     "TLS is to stay half open": (
-        Connection.eof_received,
-        ("self.serving and not self._secure", "self.serving"),
+        Piecewise.eof_received,
+        ("if self._transport.can_write_eof():", "if True:"),
     ),
     "TLS is given something after the end": (
-        Connection.eof_received,
-        ("self._unsent.clear()", "pass"),
-    ),
-    "a connection that is lost waits for TLS": (
-        Connection.connection_lost,
+        Piecewise.eof_received,
         ("self._unsent.clear()", "pass"),
     ),
     "TLS is given all in one piece": (
-        Connection._encrypt,
-        ("while self._unsent and size + len(self._unsent[0]) <= INLINE:", "while self._unsent:"),
+        Piecewise._give,
+        ("while self._unsent and size + len(self._unsent[0]) <= _PIECE:", "while self._unsent:"),
     ),
-    "TLS is given all in one turn": (Connection._encrypt, ("given < _BATCH", "True")),
+    "TLS is given all in one turn": (Piecewise._give, ("given < self._batch", "True")),
     "TLS is given what the peer does not read": (
-        Connection._encrypt,
-        ("self._cut or (self._peer_reads and given < _BATCH)", "given < _BATCH"),
+        Piecewise._give,
+        ("self._cut or (not self._full and given < self._batch)", "given < self._batch"),
     ),
     "TLS is not given all at the cut": (
-        Connection._encrypt,
+        Piecewise._give,
         ("self._cut or (", "("),
     ),
     "TLS is not given the rest": (
-        Connection._encrypt,
+        Piecewise._give,
         ("self._loop.call_soon(self._go_on)", "pass"),
     ),
     "what goes through TLS is out of order": (
-        Connection._encrypt,
+        Piecewise._give,
         ("piece.append(self._unsent.popleft())", "piece.insert(0, self._unsent.popleft())"),
     ),
     "nothing is asked for once all has gone through TLS": (
-        Connection._go_on,
-        ("self._pump()", "pass"),
+        Piecewise._go_on,
+        ("self._protocol.resume_writing()", "pass"),
     ),
     "a connection ends before all has gone through TLS": (
-        Connection._finish_if_idle,
-        ("if self._unsent:", "if False:"),
+        Piecewise.close,
+        ("if not self._unsent:", "if True:"),
+    ),
+    "TLS is closed twice": (
+        Piecewise._go_on,
+        ("elif waited:", "else:"),
     ),
     "what goes through TLS at the end is not waited for": (
-        Connection._go_on,
-        ("self._finish_if_idle()", "pass"),
+        Piecewise._go_on,
+        ("elif waited:", "elif False:"),
     ),
     "what came with the end of the TLS handshake is lost": (
         Connection._begin_tls,

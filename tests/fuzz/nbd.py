@@ -44,6 +44,7 @@ import zramd.nbd.transmission
 from tests.fuzz import peer
 from zramd.device import Zram
 from zramd.nbd.connection import Connection
+from zramd.nbd.piecewise import Piecewise
 from zramd.nbd.server import Server
 from zramd.nbd.stream import Stream
 from zramd.store import PAGE
@@ -60,6 +61,7 @@ SMALL = {
     "transmission.MAX_PAYLOAD": 64 << 10,
     "transmission.MAX_SKIPPED": 160 << 10,
     "connection.INLINE": 4 << 10,
+    "piecewise._PIECE": 4 << 10,
     "connection._BATCH": 16 << 10,
     "connection._IN_FLIGHT": 4,
     "connection._IN_FLIGHT_BYTES": 96 << 10,
@@ -90,7 +92,7 @@ LOOK_S = 2e-5
 """What it takes to look at the clock."""
 MOST_LOOKS = 30
 """What zramd.nbd.stream._STAY_S has room for, and a few."""
-MOST_ENCRYPTED = 2 * (SMALL["connection._BATCH"] + SMALL["connection.INLINE"])
+MOST_ENCRYPTED = 2 * (SMALL["connection._BATCH"] + SMALL["piecewise._PIECE"])
 """In one turn: what a thread has answered, and then a batch."""
 
 MOST_DELIVERED = 512 << 10  # by one input, filler included
@@ -99,11 +101,16 @@ MOST_DELIVERED = 512 << 10  # by one input, filler included
 def unread_by_peer(connection: Connection) -> int:
     """Bytes of replies that are kept for the peer, outside of the kernel."""
     transport: Any = getattr(connection, "_transport", None)
-    waits = sum(map(len, connection._unsent))
     if isinstance(transport, Stream):
         parts = sum(map(len, transport._unsent))
         peer.must(parts == transport._unsent_bytes, "what is unsent is not counted right")
-    return waits + (transport.get_write_buffer_size() if transport else 0)
+    return transport.get_write_buffer_size() if transport else 0
+
+
+def kept_back(connection: Connection) -> bool:
+    """Whether something is, from TLS."""
+    transport: Any = getattr(connection, "_transport", None)
+    return isinstance(transport, Piecewise) and bool(transport._unsent)
 
 
 @contextmanager
@@ -432,6 +439,9 @@ class Transport:
     def set_protocol(self, protocol: Any) -> None:
         self.protocol = protocol
 
+    def can_write_eof(self) -> bool:
+        return True
+
     def set_write_buffer_limits(self, high: int, low: int | None = None) -> None:
         self._high, self._low = high, high // 4 if low is None else low
 
@@ -499,7 +509,7 @@ class Transport:
         if self.protocol.eof_received():
             peer.must(not isinstance(self, Secure), "TLS is to stay half open")
         else:
-            self.close()
+            Transport.close(self)
         self.loop.run()
         return True
 
@@ -529,8 +539,16 @@ class Secure(Transport):
         self.protocol, raw.protocol = raw.protocol, self
         self.wire.end = self
         self._raw = raw
-        self._mute = False
+        self._mute = self._closed = False
         self._turn = self._encrypted = 0
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        peer.must(not self._closed, "TLS is closed again, and can be aborted no more")
+        self._closed = True
+        super().close()
 
     def is_closing(self) -> bool:
         return self.closing or self._raw.closing
@@ -538,7 +556,7 @@ class Secure(Transport):
     def write(self, data: bytes | memoryview) -> None:
         if self._mute:
             return
-        if self.protocol.serving and not self.protocol._cut:
+        if isinstance(self.protocol, Piecewise) and not self.protocol._cut:
             peer.must(not self._protocol_paused, "what the peer does not read is encrypted")
             if self._turn != self.loop.turns:
                 self._turn, self._encrypted = self.loop.turns, 0
@@ -552,7 +570,8 @@ class Secure(Transport):
     def mute(self) -> None:
         """The socket has ended: what is not encrypted by now never will be."""
         self._mute = True
-        peer.must(self.lost or not self.protocol._unsent, "answers are kept back at the cut")
+        waits = isinstance(self.protocol, Piecewise) and self.protocol._unsent
+        peer.must(self.lost or not waits, "answers are kept back at the cut")
 
     def connection_lost(self, error: Exception | None) -> None:
         """As the protocol of the transport below."""
@@ -754,9 +773,9 @@ class _Execution:
             self.deliver_backlog()
             if not self.backlog:
                 self.stream = self.stream[: self.at]
-                waits = bool(self.connection._in_flight or self.connection._unsent)
+                waits = self.connection._in_flight or kept_back(self.connection)
                 self.eof = self.eof or end.end_of_file()
-                self.cut_short |= self.eof and isinstance(end, Secure) and waits
+                self.cut_short |= self.eof and isinstance(end, Secure) and bool(waits)
         elif what == 12:
             if not end.lost:
                 self.lost = True

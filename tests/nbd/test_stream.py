@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from zramd.nbd import stream
+from zramd.nbd.piecewise import Piecewise
 from zramd.nbd.stream import Stream, take_over
 
 
@@ -325,7 +326,7 @@ def test_the_socket_lives_on_and_the_protocol_hears_of_the_stream_only():
     loop, transport, told, peer = connected()
 
     async def run() -> None:
-        new = take_over(transport, told)
+        new = take_over(transport, told, 1 << 20)
         assert isinstance(new, Stream)
         await asyncio.sleep(0.01)
         assert told.told == []
@@ -355,9 +356,13 @@ def test_a_transport_with_something_unsent_or_no_descriptor_left_goes_on(monkeyp
     async def run() -> None:
         with monkeypatch.context() as patch:
             patch.setattr(trsock.TransportSocket, "dup", no_descriptor)
-            assert take_over(transport, told) is transport
-        transport.write(bytes(8 << 20))
-        assert take_over(transport, told) is transport
+            wrapped = take_over(transport, told, 1 << 20)
+        assert isinstance(wrapped, Piecewise)
+        wrapped.send([b"hel", b"lo"])
+        assert peer.recv(9) == b"hello"
+        wrapped.send([bytes(8 << 20)])
+        assert told.told == ["pause"]
+        assert isinstance(take_over(transport, told, 1 << 20), Piecewise)
         transport.abort()
         await asyncio.sleep(0)
 

@@ -25,7 +25,7 @@ from zramd.errors import BadValue
 from zramd.nbd import connection, tls, transmission, wire
 from zramd.nbd.address import TcpAddress, UnixAddress
 from zramd.nbd.client import negotiate
-from zramd.nbd.connection import Connection
+from zramd.nbd.piecewise import Piecewise
 from zramd.nbd.wire import NBD_CMD_DISC, NBD_CMD_READ
 
 MIB = 1 << 20
@@ -563,9 +563,8 @@ def test_who_does_not_read_what_comes_through_tls_is_not_read_from_either(serve,
         client.sock.settimeout(1)
         with pytest.raises(TimeoutError):
             client.send(request(NBD_CMD_READ, 0, 128 << 10) * 1_000_000)
-        transport = greedy._transport
-        kept = transport.get_write_buffer_size()
-        kept += transport._ssl_protocol._transport.get_write_buffer_size()
+        kept = greedy._stream.get_write_buffer_size()
+        kept += tls_of(greedy)._transport.get_write_buffer_size()
         assert kept < 8 * MIB
         assert not greedy._reading
         go(other)
@@ -575,19 +574,24 @@ def test_who_does_not_read_what_comes_through_tls_is_not_read_from_either(serve,
         assert time.monotonic() - began < 5
 
 
+def tls_of(connection):
+    """asyncio's protocol in between, of a connection that serves."""
+    return connection._stream._transport._ssl_protocol
+
+
 @pytest.fixture
 def encrypted(monkeypatch):
     """How many bytes each turn gave to TLS, but for what must go out before the cut."""
     turns = []
-    encrypt = Connection._encrypt
+    give = Piecewise._give
 
     def counts(self):
         before, cut = sum(map(len, self._unsent)), self._cut
-        encrypt(self)
+        give(self)
         if not cut:
             turns.append(before - sum(map(len, self._unsent)))
 
-    monkeypatch.setattr(Connection, "_encrypt", counts)
+    monkeypatch.setattr(Piecewise, "_give", counts)
     return turns
 
 
@@ -603,12 +607,11 @@ def test_long_answers_are_encrypted_as_they_are_read(serve, zram, certificates, 
         running = serve.started[0]
         wait_for(lambda: running.ask(lambda: running.server.serving))
         (patient,) = running.server.serving
-        transport = patient._transport
         ask = [request(NBD_CMD_READ, 0, 8 * MIB, cookie=number) for number in range(4)]
         client.send(b"".join(ask) + (request(NBD_CMD_DISC) if ends == "client" else b""))
-        wait_for(lambda: len(patient._unsent) > 4000)
-        lower = transport._ssl_protocol._transport
-        kept = transport.get_write_buffer_size() + lower.get_write_buffer_size()
+        wait_for(lambda: len(patient._stream._unsent) > 4000)
+        secured = tls_of(patient)
+        kept = secured._get_write_buffer_size() + secured._transport.get_write_buffer_size()
         assert kept < 4 * connection._BATCH
         assert not running.ask(patient._has_room)
         if ends == "server":
@@ -653,7 +656,7 @@ def test_nothing_stays_of_who_leaves_with_answers_unread(serve, certificates, cu
             go(client)
             wait_for(lambda: serve.started[0].ask(lambda: server.serving))
             (greedy,) = server.serving
-            protocol = weakref.ref(greedy._transport._ssl_protocol)  # it has what is unsent
+            protocol = weakref.ref(tls_of(greedy))  # it has what is unsent
             del greedy
             client.send(request(NBD_CMD_READ, 0, 8 * MIB) * 4)
             wait_for(lambda: protocol()._get_write_buffer_size() > 0)
@@ -681,7 +684,7 @@ def test_a_connection_with_tls_keeps_little(serve, certificates):
     with secure(serve(), trusting(certificates / "anonymous")) as client:
         go(client)
         (connection,) = serve.started[0].server.live
-        assert len(connection._transport._ssl_protocol._ssl_buffer) == 64 << 10
+        assert len(tls_of(connection)._ssl_buffer) == 64 << 10
 
 
 def test_a_private_socket_requires_none(zram, certificates, tmp_path):

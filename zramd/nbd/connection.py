@@ -1,9 +1,9 @@
 """One client of the NBD server, from its handshake to its end.
 
-A connection is an asyncio protocol, on a transport of asyncio's while it negotiates and with TLS,
-and else on a `Stream`. Its bytes land in a buffer that all connections share; every request that is
-complete there is answered, and all the replies leave in one write. That, and doing nothing per
-request that can be done per batch, is where the speed comes from.
+A connection is an asyncio protocol, on a transport of asyncio's while it negotiates, and then on a
+`Stream`, or on `Piecewise` where there is TLS. Its bytes land in a buffer that all connections
+share; every request that is complete there is answered, and all the replies leave in one write.
+That, and doing nothing per request that can be done per batch, is where the speed comes from.
 
     negotiating --GO--> serving --DISC, EOF--> ending --nothing in flight--> gone
 
@@ -40,8 +40,6 @@ import asyncio
 import logging
 import socket
 import struct
-from collections import deque
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -51,6 +49,7 @@ from zramd.errors import BadValue, NotInitialised
 from zramd.nbd import transmission
 from zramd.nbd.address import address_of
 from zramd.nbd.negotiation import Negotiation, State
+from zramd.nbd.piecewise import Piecewise
 from zramd.nbd.replies import SIMPLE, Reply, Simple
 from zramd.nbd.stream import Stream, take_over
 from zramd.nbd.transmission import INLINE, Receiver, Request, answer
@@ -110,6 +109,7 @@ class Connection(asyncio.BufferedProtocol):
         self.gone = self._loop.create_future()
         """Done when the socket and the Opener are closed."""
         self._transport: asyncio.Transport
+        self._stream: Stream | Piecewise  # the same, since it serves
         self._opener: Opener | None = None
         self._negotiation: Negotiation | None = Negotiation(
             self, tls_offered=tls is not None, tls_required=tls is not None and tls.required
@@ -134,7 +134,6 @@ class Connection(asyncio.BufferedProtocol):
         self._lost = False
         self._reading = True
         self._peer_reads = True
-        self._unsent: deque[bytes] = deque()  # what TLS is not given yet
         self._in_flight = 0
         self._in_flight_bytes = 0
         self._had_much = False
@@ -197,7 +196,6 @@ class Connection(asyncio.BufferedProtocol):
         sock = self._transport.get_extra_info("socket")
         if sock.family != socket.AF_UNIX:  # asyncio has set TCP_NODELAY already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._transport.set_write_buffer_limits(high=_BATCH)
         self._timer = self._loop.call_later(_HANDSHAKE_SECONDS, self.abort)
         self._transport.write(Negotiation.greeting())
 
@@ -218,21 +216,19 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         self._answer_gathered()
         self._ending = True
-        if self._secure:
-            self._unsent.clear()  # nothing goes out after this
         self._finish_if_idle()
-        return self.serving and not self._secure  # keep the socket for the replies still to come
+        return self.serving  # keep the socket for the replies still to come
 
     def pause_writing(self) -> None:
         self._peer_reads = False
 
     def resume_writing(self) -> None:
         self._peer_reads = True
-        self._go_on()
+        if not self._turn_due:
+            self._pump()
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._lost = self._ending = True
-        self._unsent.clear()
         self._finish_if_idle()
 
     # Negotiating
@@ -254,9 +250,7 @@ class Connection(asyncio.BufferedProtocol):
             _log.debug("handshake ended: %s", negotiation.reason)
             self._begin_ending()
             return
-        if not self._secure:
-            self._transport = take_over(self._transport, self)
-            self._transport.set_write_buffer_limits(high=_BATCH)
+        self._transport = self._stream = take_over(self._transport, self, _BATCH)
         self._form, self._contexts = negotiation.form, negotiation.contexts
         self._receiver = Receiver(
             negotiation.export.size,
@@ -285,7 +279,6 @@ class Connection(asyncio.BufferedProtocol):
         if self._lost:
             return
         self._transport, self._secure = secured, True
-        self._transport.set_write_buffer_limits(high=_BATCH)
         negotiation.secured()
         early, self._early = self._early, b""
         if early:
@@ -338,7 +331,7 @@ class Connection(asyncio.BufferedProtocol):
                     self._server.content += 1
         receiver.keep()
         if replies:
-            self._send(replies)
+            self._stream.send(replies)
         if receiver.ended:
             if receiver.violation:
                 self._server.drops(_peer(self._transport), receiver.violation)
@@ -350,43 +343,6 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 self._transport.resume_reading()
 
-    def _send(self, parts: Sequence[bytes]) -> None:
-        transport = self._transport
-        if isinstance(transport, Stream):
-            transport.send(parts)
-        elif not transport.is_closing():
-            waits = bool(self._unsent)
-            self._unsent += parts
-            if not waits or self._cut:
-                self._encrypt()
-
-    def _encrypt(self) -> None:
-        """Gives TLS what it may have: it encrypts at once what it is given, and keeps that. No more
-        than _BATCH at a time, then; but all at the end, as it takes nothing after the cut."""
-        given = 0
-        while self._unsent and (self._cut or (self._peer_reads and given < _BATCH)):
-            piece = [self._unsent.popleft()]
-            size = len(piece[0])
-            while self._unsent and size + len(self._unsent[0]) <= INLINE:
-                piece.append(self._unsent.popleft())
-                size += len(piece[-1])
-            # Not writelines: in Python 3.12 and 3.13 it forgets flow control (gh-127655), and that
-            # the connection may be lost (gh-136234).
-            self._transport.write(b"".join(piece))
-            given += size
-        if self._unsent and self._peer_reads:
-            self._loop.call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        """With what has waited for the peer to read, or for others to have a turn."""
-        waited = bool(self._unsent)
-        self._encrypt()
-        if not self._ending:
-            if not self._turn_due:
-                self._pump()
-        elif waited:
-            self._finish_if_idle()
-
     def _take_turn(self) -> None:
         self._turn_due = False
         self._pump(continues=True)
@@ -394,7 +350,6 @@ class Connection(asyncio.BufferedProtocol):
     def _has_room(self) -> bool:
         return (
             self._peer_reads
-            and not self._unsent
             and self._in_flight < _IN_FLIGHT
             and self._in_flight_bytes < _IN_FLIGHT_BYTES
         )
@@ -414,7 +369,7 @@ class Connection(asyncio.BufferedProtocol):
     def _worked(self, held: int, reply: Reply) -> None:
         self._in_flight -= 1
         self._in_flight_bytes -= held
-        self._send(reply)
+        self._stream.send(reply)
         if self._ending:
             self._finish_if_idle()
         elif not self._reading and not self._turn_due:
@@ -493,11 +448,7 @@ class Connection(asyncio.BufferedProtocol):
             self._timer = self._loop.call_later(QUIET_SECONDS / 4, self._end_when_quiet)
             return
         self._cut = True
-        self._encrypt()
-        try:
-            self._transport.get_extra_info("socket").shutdown(socket.SHUT_RD)
-        except OSError:
-            pass  # the peer is gone, and we are about to hear it
+        self._stream.cut()
         self._answer_gathered()
         self._timer = self._loop.call_later(LINGER_SECONDS, self.abort)
         if self._held_back:
@@ -506,7 +457,7 @@ class Connection(asyncio.BufferedProtocol):
     def _answer_gathered(self) -> None:
         gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         if gathered:
-            self._send(gathered)
+            self._stream.send(gathered)
 
     def abort(self) -> None:
         """Gives up on the peer. The Opener still outlives the last request that uses it."""
@@ -522,9 +473,6 @@ class Connection(asyncio.BufferedProtocol):
         if not self._ending or self._in_flight:
             return
         self._cancel_timer()
-        if self._unsent:
-            self._timer = self._loop.call_later(LINGER_SECONDS, self.abort)
-            return
         if self._opener is not None:
             opener, self._opener = self._opener, None
             opener.close()
@@ -534,6 +482,8 @@ class Connection(asyncio.BufferedProtocol):
         elif not self.gone.done():
             # Their buffers would stay until cycles of garbage are collected, which is never where
             # the process is hardened: 64 MiB of each client that left TLS with answers unread.
+            if self.serving:
+                del self._stream
             self._receiver = self._negotiation = None
             del self._transport
             self._server.live.discard(self)

@@ -1,6 +1,6 @@
 """A connected socket, read and written on the event loop without a transport of asyncio's.
 
-    stream = take_over(transport, protocol)     # the same socket; the transport is done with
+    stream = take_over(transport, protocol, batch)  # the same socket; the transport is done with
 
 To its protocol (an asyncio.BufferedProtocol) it is the transport that it took over, but:
 
@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from itertools import islice
 from time import perf_counter
 from typing import Final
+
+from zramd.nbd.piecewise import Piecewise
 
 _MOST_PARTS: Final = 1024
 """In one sendmsg: IOV_MAX."""
@@ -206,6 +208,13 @@ class Stream(asyncio.Transport):
     def is_closing(self) -> bool:
         return self._closing
 
+    def cut(self) -> None:
+        """Read nothing that the peer has not sent by now."""
+        try:
+            self._sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # the peer is gone, and we are about to hear it
+
     def close(self) -> None:
         if not self._closing:
             self.pause_reading()
@@ -235,17 +244,22 @@ class Stream(asyncio.Transport):
 
 
 def take_over(
-    transport: asyncio.Transport, protocol: asyncio.BufferedProtocol
-) -> Stream | asyncio.Transport:
-    """The transport itself where it has something unsent, or there is no descriptor left; the
-    protocol goes on with that, only slower."""
-    if transport.get_write_buffer_size():
-        return transport
+    transport: asyncio.Transport, protocol: asyncio.BufferedProtocol, batch: int
+) -> Stream | Piecewise:
+    """`batch`: how many bytes may wait to be sent before the protocol is to pause.
+
+    Piecewise where TLS is in between, the transport has something unsent, or there is no descriptor
+    left: the protocol goes on with that, only slower."""
+    transport.set_write_buffer_limits(high=batch)
+    if not transport.can_write_eof() or transport.get_write_buffer_size():  # TLS cannot
+        return Piecewise(transport, protocol, batch)
     try:
         sock = transport.get_extra_info("socket").dup()
     except OSError:
-        return transport
+        return Piecewise(transport, protocol, batch)
     peername = transport.get_extra_info("peername")
     transport.set_protocol(asyncio.Protocol())
     transport.abort()  # closes its descriptor, and nothing else
-    return Stream(asyncio.get_running_loop(), sock, protocol, peername)
+    stream = Stream(asyncio.get_running_loop(), sock, protocol, peername)
+    stream.set_write_buffer_limits(high=batch)
+    return stream
