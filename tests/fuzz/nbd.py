@@ -107,9 +107,8 @@ def unread_by_peer(connection: Connection) -> int:
     return transport.get_write_buffer_size() if transport else 0
 
 
-def kept_back(connection: Connection) -> bool:
+def kept_back(transport: object) -> bool:
     """Whether something is, from TLS."""
-    transport: Any = getattr(connection, "_transport", None)
     return isinstance(transport, Piecewise) and bool(transport._unsent)
 
 
@@ -570,8 +569,7 @@ class Secure(Transport):
     def mute(self) -> None:
         """The socket has ended: what is not encrypted by now never will be."""
         self._mute = True
-        waits = isinstance(self.protocol, Piecewise) and self.protocol._unsent
-        peer.must(self.lost or not waits, "answers are kept back at the cut")
+        peer.must(self.lost or not kept_back(self.protocol), "answers are kept back at the cut")
 
     def connection_lost(self, error: Exception | None) -> None:
         """As the protocol of the transport below."""
@@ -773,9 +771,12 @@ class _Execution:
             self.deliver_backlog()
             if not self.backlog:
                 self.stream = self.stream[: self.at]
-                waits = self.connection._in_flight or kept_back(self.connection)
-                self.eof = self.eof or end.end_of_file()
-                self.cut_short |= self.eof and isinstance(end, Secure) and bool(waits)
+                if isinstance(end, Secure):
+                    waits = bool(self.connection._in_flight) or kept_back(end.protocol)
+                    self.eof = self.eof or end.end_of_file()
+                    self.cut_short |= self.eof and waits
+                else:
+                    self.eof = self.eof or end.end_of_file()
         elif what == 12:
             if not end.lost:
                 self.lost = True
