@@ -771,12 +771,11 @@ class _Execution:
             self.deliver_backlog()
             if not self.backlog:
                 self.stream = self.stream[: self.at]
-                if isinstance(end, Secure):
-                    waits = bool(self.connection._in_flight) or kept_back(end.protocol)
-                    self.eof = self.eof or end.end_of_file()
-                    self.cut_short |= self.eof and waits
-                else:
-                    self.eof = self.eof or end.end_of_file()
+                waits = isinstance(end, Secure) and (
+                    self.connection._in_flight > 0 or kept_back(end.protocol)
+                )
+                self.eof = self.eof or end.end_of_file()
+                self.cut_short |= self.eof and waits
         elif what == 12:
             if not end.lost:
                 self.lost = True

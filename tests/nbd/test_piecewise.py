@@ -25,6 +25,9 @@ class Transport(asyncio.Transport):
     def set_protocol(self, protocol):
         self.protocol = protocol
 
+    def set_write_buffer_limits(self, high=None, low=None):
+        self.limits = high, low
+
     def can_write_eof(self):
         return self.half_open
 
@@ -57,6 +60,7 @@ class World:
         finally:
             asyncio._set_running_loop(None)
         assert self.transport.protocol is self.pieces
+        assert self.transport.limits == (BATCH, None)
 
     def turn(self) -> None:
         self.loop.call_soon(self.loop.stop)

@@ -36,6 +36,7 @@ class Piecewise(asyncio.Transport, asyncio.BufferedProtocol):
         self._unsent: deque[bytes] = deque()
         self._full = False  # the transport, as it has told us
         self._cut = self._closing = False
+        transport.set_write_buffer_limits(high=batch)
         transport.set_protocol(self)
 
     # What the protocol calls
@@ -65,10 +66,7 @@ class Piecewise(asyncio.Transport, asyncio.BufferedProtocol):
         """Read nothing that the peer has not sent by now."""
         self._cut = True
         self._give()
-        try:
-            self.get_extra_info("socket").shutdown(socket.SHUT_RD)
-        except OSError:
-            pass  # the peer is gone, and we are about to hear it
+        shut_reading(self.get_extra_info("socket"))
 
     def close(self) -> None:
         if not self._closing:
@@ -137,3 +135,11 @@ class Piecewise(asyncio.Transport, asyncio.BufferedProtocol):
         # hardened process that stays.
         self._transport.set_protocol(asyncio.BufferedProtocol())
         self._protocol.connection_lost(error)
+
+
+def shut_reading(sock: socket.socket) -> None:
+    """The end of file comes after what the peer has sent by now."""
+    try:
+        sock.shutdown(socket.SHUT_RD)
+    except OSError:
+        pass  # the peer is gone, and we are about to hear it

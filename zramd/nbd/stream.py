@@ -22,7 +22,7 @@ from itertools import islice
 from time import perf_counter
 from typing import Final
 
-from zramd.nbd.piecewise import Piecewise
+from zramd.nbd.piecewise import Piecewise, shut_reading
 
 _MOST_PARTS: Final = 1024
 """In one sendmsg: IOV_MAX."""
@@ -210,10 +210,7 @@ class Stream(asyncio.Transport):
 
     def cut(self) -> None:
         """Read nothing that the peer has not sent by now."""
-        try:
-            self._sock.shutdown(socket.SHUT_RD)
-        except OSError:
-            pass  # the peer is gone, and we are about to hear it
+        shut_reading(self._sock)
 
     def close(self) -> None:
         if not self._closing:
@@ -250,7 +247,6 @@ def take_over(
 
     Piecewise where TLS is in between, the transport has something unsent, or there is no descriptor
     left: the protocol goes on with that, only slower."""
-    transport.set_write_buffer_limits(high=batch)
     if not transport.can_write_eof() or transport.get_write_buffer_size():  # TLS cannot
         return Piecewise(transport, protocol, batch)
     try:
